@@ -1,0 +1,30 @@
+"""Regraft carries adapters (LoRA and its relatives) from one base model to another.
+
+>>> import regraft
+>>> report = regraft.transfer("style.safetensors", source="base-a", target="base-b",
+...                           output="style-b.safetensors")  # doctest: +SKIP
+"""
+
+from regraft.bases import Base, open_base
+from regraft.compare import compare
+from regraft.dialects import inspect_file, load_adapter
+from regraft.errors import RegraftError
+from regraft.methods import methods
+from regraft.result import TransferResult
+from regraft.transfer import transfer
+from regraft.versions import regraft_version
+
+__version__ = regraft_version()
+
+__all__ = [
+    "Base",
+    "RegraftError",
+    "TransferResult",
+    "__version__",
+    "compare",
+    "inspect_file",
+    "load_adapter",
+    "methods",
+    "open_base",
+    "transfer",
+]

@@ -1,0 +1,88 @@
+"""Exact algebra on products left @ right, without ever forming the product.
+
+An m × n product of rank r costs O((m + n) r²) here; decomposing the product itself costs
+O(m n min(m, n)). QR of both factors and an SVD of the r × r core give its exact SVD.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+
+
+def inner(a: Factors, b: Factors) -> float:
+    """Frobenius inner product ⟨a₀a₁, b₀b₁⟩ = tr((b₀ᵀa₀)(a₁b₁ᵀ))."""
+    left = (b[0].mT @ a[0]).double()
+    right = (a[1] @ b[1].mT).double()
+    return float((left * right.mT).sum())
+
+
+def energy(factors: Factors) -> float:
+    """Squared Frobenius norm of left @ right."""
+    return max(inner(factors, factors), 0.0)
+
+
+def svd_of_product(
+    left: Float[Tensor, "m r"], right: Float[Tensor, "r n"]
+) -> tuple[Float[Tensor, "m q"], Float[Tensor, " q"], Float[Tensor, "q n"]]:
+    """Exact thin SVD of left @ right through two QRs and a small core.
+
+    Returns
+    -------
+    u, s, vh : Tensors of shape (m, q), (q,), (q, n)
+        q ≤ r; the largest entry of each column of ``u`` is positive, so signs are reproducible.
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    u, vh = q_left @ u, vh @ q_right.mT
+    signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0])
+    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    return u * signs, s, vh * signs[:, None]
+
+
+def rank_for_energy(s: Float[Tensor, " q"], share: float) -> int:
+    """The smallest k with Σ_{i≤k} s_i² ≥ share · Σ s_i² (at least 1)."""
+    squares = s.double() ** 2
+    total = float(squares.sum())
+    if total == 0.0:
+        return 1
+    kept = squares.cumsum(0) / total
+    return min(int((kept < share - 1e-12).sum()) + 1, s.numel())
+
+
+def compress(
+    factors: Factors, *, rank: int | None = None, share: float | None = None
+) -> tuple[Factors, float]:
+    """The best approximation of left @ right by rank or by share of its energy.
+
+    Parameters
+    ----------
+    factors : (left, right)
+    rank : int, optional
+        Largest rank allowed.
+    share : float, optional
+        Share of the energy to keep, in (0, 1].
+
+    Returns
+    -------
+    (left, right) : Tensors of shape (m, k), (k, n)
+        left = U√S, right = √S Vᵀ.
+    kept : float
+        Share of the energy kept, 1 when nothing was cut.
+    """
+    u, s, vh = svd_of_product(*factors)
+    k = s.numel()
+    if share is not None:
+        k = min(k, rank_for_energy(s, share))
+    if rank is not None:
+        k = min(k, rank)
+    # Directions below rounding noise are not content.
+    k = max(1, min(k, int((s > s[0] * 1e-7).sum()) if s.numel() else 1))
+    total = float((s.double() ** 2).sum())
+    kept = 1.0 if total == 0 else float((s[:k].double() ** 2).sum()) / total
+    root = s[:k].sqrt()
+    return (u[:, :k] * root, root[:, None] * vh[:k]), kept

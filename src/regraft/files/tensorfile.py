@@ -1,0 +1,223 @@
+"""Reading ``.safetensors`` files: every check before any allocation, one tensor at a time.
+
+Format: 8 bytes little-endian header length, JSON header, then the raw data. The header is parsed
+here (duplicate keys, holes, overlaps, sizes), then the safetensors library must agree.
+Data are read with plain reads, not through a memory map: mapped pages count as resident memory,
+and a 5 GB base would look like (and on small machines, be) 5 GB of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from regraft.errors import InputNotFound, MalformedFile, NonFiniteTensor, PickleRefused
+
+#: Limits: the first is the safetensors crate's own, the others are far above any real file.
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 1_000_000
+MAX_NAME = 1_024
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
+
+PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. ``start`` and ``end`` are byte offsets in the whole file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise :class:`PickleRefused` for a pickled file."""
+    raise PickleRefused(
+        "This is a pickled checkpoint; opening one can run code hidden in it.",
+        file=path,
+        fix="Convert it to .safetensors on a machine you can throw away, or ask its author "
+        "for a .safetensors file.",
+    )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {key[:80]!r}")
+        found[key] = value
+    return found
+
+
+class TensorFile(Mapping[str, TensorInfo]):
+    """One safetensors file, opened lazily: names and shapes now, data on request.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    trusted : bool
+        Skip the second opinion of the safetensors library (for files this program wrote).
+
+    Raises
+    ------
+    InputNotFound, PickleRefused, MalformedFile
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, trusted: bool = False) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputNotFound("No such file.", file=self.path, fix="Check the path.")
+        self.metadata, self._tensors = self._parse()
+        if not trusted:
+            try:
+                with safe_open(str(self.path), framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise self._bad(str(error)) from error
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _bad(self, why: str, tensor: str | None = None) -> MalformedFile:
+        return MalformedFile(
+            f"Not a valid safetensors file: {why}.",
+            file=self.path,
+            tensor=tensor,
+            fix="Download it again, or save it again with the safetensors library.",
+        )
+
+    def _parse(self) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as stream:
+            head = stream.read(8)
+            if head[:4] == b"PK\x03\x04" or (
+                head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"
+            ):
+                # A pickle's or zip's first bytes can never be a plausible header length.
+                if int.from_bytes(head, "little") > size:
+                    refuse_pickle(self.path)
+            if len(head) < 8:
+                raise self._bad("it is shorter than 8 bytes")
+            length = int.from_bytes(head, "little")
+            if length > MAX_HEADER:
+                raise self._bad(f"its header claims {length} bytes (limit {MAX_HEADER})")
+            if length > size - 8:
+                raise self._bad(f"its header claims {length} bytes, the file has {size - 8}")
+            raw = stream.read(length)
+        try:
+            header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise self._bad(f"its header is not clean JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise self._bad("its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._bad("its metadata are not all text")
+        if len(header) > MAX_TENSORS:
+            raise self._bad(f"it lists {len(header)} tensors (limit {MAX_TENSORS})")
+        data = 8 + length
+        tensors = {name: self._entry(name, entry, data) for name, entry in header.items()}
+        position = data
+        for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+            if info.start != position:
+                kind = "overlap" if info.start < position else "leave a hole"
+                raise self._bad(f"its tensors {kind} at byte {info.start}", info.name)
+            position = info.end
+        if position != size:
+            raise self._bad(f"it should end at byte {position} but has {size}")
+        return metadata, tensors
+
+    def _entry(self, name: str, entry: Any, data: int) -> TensorInfo:
+        if len(name) > MAX_NAME:
+            raise self._bad("a tensor's name is too long", name[:80])
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise self._bad("a header entry lacks dtype, shape or data_offsets", name)
+        if entry["dtype"] not in DTYPES:
+            raise self._bad(f"dtype {str(entry['dtype'])[:20]!r} is not known", name)
+        dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+
+        def natural(value: object) -> bool:
+            return type(value) is int and value >= 0
+
+        if not isinstance(shape, list) or not all(natural(n) for n in shape):
+            raise self._bad("a shape is not a list of sizes", name)
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
+            raise self._bad("data_offsets are not two positions", name)
+        start, end = offsets
+        if end - start != prod(shape) * dtype.itemsize:
+            raise self._bad("a tensor's bytes do not fit its shape", name)
+        return TensorInfo(name, dtype, tuple(shape), data + start, data + end)
+
+    def read_bytes(self, name: str, length: int | None = None) -> bytearray:
+        """The tensor's raw bytes, or the first ``length`` of them."""
+        info = self._tensors[name]
+        buffer = bytearray(info.end - info.start if length is None else length)
+        view, done = memoryview(buffer), 0
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(info.start)
+            while done < len(buffer):
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise self._bad("it became shorter while being read", name)
+                done += count
+        return buffer
+
+    def read(self, name: str, *, rows: int | None = None, finite: bool = False) -> Tensor:
+        """Read one tensor, or its first ``rows`` rows, in its stored dtype.
+
+        Raises
+        ------
+        NonFiniteTensor
+            ``finite`` is true and the tensor holds NaN or infinity.
+        """
+        info = self._tensors[name]
+        shape = info.shape if rows is None else (rows, *info.shape[1:])
+        if prod(shape) == 0:
+            tensor = torch.empty(shape, dtype=info.dtype)
+        else:
+            raw = self.read_bytes(name, prod(shape) * info.dtype.itemsize)
+            tensor = torch.frombuffer(raw, dtype=info.dtype).reshape(shape)
+        if finite and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise NonFiniteTensor(
+                "A tensor holds NaN or infinity.",
+                file=self.path,
+                tensor=name,
+                fix="The file is damaged or its training diverged; use an earlier checkpoint.",
+            )
+        return tensor

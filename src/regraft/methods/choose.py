@@ -1,0 +1,99 @@
+"""Choosing: carry, copy or don't, from what the weights show before anything is computed.
+
+The rule rests on published measurements (docs/methods/choosing.md lists them) and on the embedded
+pair. Between releases whose weights still resemble each other, plain copying keeps most of an
+adapter and the published projections keep less; between independent trainings every weight-space
+method keeps nothing or harms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+VerdictWord = Literal["carry", "copy", "don't"]
+
+#: Mean weight cosine from which two bases count as related. Continued trainings and fine-tunes lie
+#: above 0.9, independent trainings at 0 ± 1/√n.
+RELATED = 0.5
+#: Share of the adapter's energy that must have a place on the target.
+COVERAGE = 0.5
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """What is known of one paired site: its share of the adapter's energy, and the weights' cosine
+    (None when shapes differ)."""
+
+    share: float
+    cosine: float | None
+    difference: float | None
+    identical: bool
+    by_similarity: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to "what should be done with this adapter on this target".
+
+    ``method`` is what ``auto`` runs; for "don't" it is None.
+    """
+
+    word: VerdictWord
+    method: str | None
+    why: str
+    coverage: float
+    cosine: float
+    difference: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose(facts: Sequence[PairFacts]) -> Verdict:
+    """Pick by coverage and mean cosine, both weighted by the adapter's energy per site.
+
+    Parameters
+    ----------
+    facts : sequence of PairFacts
+        One per pair; shares sum to at most 1.
+    """
+    fitting = [f for f in facts if f.cosine is not None]
+    coverage = sum(f.share for f in fitting)
+    weight = max(coverage, 1e-30)
+    cosine = sum(f.share * (f.cosine or 0.0) for f in fitting) / weight
+    difference = sum(f.share * min(f.difference or 0.0, 1e6) for f in fitting) / weight
+
+    def verdict(word: VerdictWord, method: str | None, why: str) -> Verdict:
+        return Verdict(word, method, why, coverage, cosine, difference)
+
+    if not fitting or coverage < COVERAGE:
+        return verdict(
+            "don't",
+            None,
+            f"Only {coverage:.0%} of the adapter has a weight of its shape on the target; the "
+            "methods of this version need equal shapes.",
+        )
+    if cosine < RELATED:
+        return verdict(
+            "don't",
+            None,
+            f"The two bases' weights are not related (mean cosine {cosine:.2f}): they were trained "
+            "independently, and neither copying nor projecting weights works between such bases.",
+        )
+    if all(f.identical for f in fitting):
+        return verdict("copy", "copy", "The two bases are identical at every site it touches.")
+    if any(f.by_similarity for f in fitting):
+        return verdict(
+            "carry",
+            "copy",
+            "The target has other blocks than the source; each takes the update of the source "
+            f"block it resembles (mean cosine {cosine:.2f}).",
+        )
+    return verdict(
+        "copy",
+        "copy",
+        f"The target's weights are still close to the source's (mean cosine {cosine:.2f}, moved by "
+        f"{difference:.0%}); there, projections only remove part of the update.",
+    )

@@ -1,0 +1,84 @@
+"""LoRA-X: project the update onto the target's own singular subspaces.
+
+Paper: "LoRA-X: Bridging Foundation Models with Training-Free Cross-Model Adaptation",
+arXiv 2501.16559 (ICLR 2025).
+
+* Eq. 1, adapter form: ΔW = Ũ ΔΣ Ṽᵀ with Ũ, Ṽ the top-r singular vectors of the base's weight.
+* Eq. 3, transfer between equal shapes: ΔW_t = U_t U_tᵀ ΔW_s V_t V_tᵀ.
+* Eq. 4, similarity: Φ_l = ‖U_sᵀ U_t‖²_F / k, Φ_r with V; sites below a threshold are left out
+  (the paper gives no threshold: none is applied unless asked).
+* §4.2.2, different shapes: P = argmin ‖P U_s − U_t‖. For truncated bases P U_s = U_t exactly, so it
+  amounts to ΔW_t = U_t (U_sᵀ ΔW_s V_s) V_tᵀ, matching singular vectors by rank order. That carries no
+  information about which directions mean the same, so it is off unless ``align="rank-order"``.
+
+An ordinary LoRA has no reason to lie in the subspace: with ρ = k/d on both sides, a ΔW without
+preferred direction keeps only ρ² of its energy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from regraft.adapters import LowRank, Spectral, Update, same_matrix
+from regraft.methods.copy import carry as copy
+from regraft.methods.registry import Refusal, SiteJob, below_threshold, method, shapes_differ
+
+
+def _project(rows: Tensor, x: Tensor) -> Tensor:
+    """R ᵀ R x for an orthonormal basis given as rows R, (k, d), and x, (d, r)."""
+    return rows.mT @ (rows @ x)
+
+
+@method(
+    name="lora-x",
+    title="Project onto the target's singular subspaces",
+    paper="https://arxiv.org/abs/2501.16559",
+    equations="Eq. 3 (transfer), Eq. 4 (similarity), Eq. 1 (adapter form)",
+    needs=("weights of the target", "weights of the source when a threshold is set"),
+    cost="one Gram matrix and eigh per target weight, once per base; then r-thin products",
+    exact_on_identical="full",
+    never_gains=True,
+    default_threshold=0.0,
+    keeps=lambda phi_l, phi_r, rho_l, rho_r, options: rho_l * rho_r,
+)
+def carry(job: SiteJob) -> Update | Refusal:
+    """Eq. 3 on the factors; an adapter in LoRA-X form stays in it, in the target's bases."""
+    low = below_threshold(job, default=0.0)
+    if low is not None:
+        return low
+    if not same_matrix(job.source_shape, job.target_shape):
+        if job.options.align == "rank-order" and not job.options.dimension.full:
+            return _rank_order(job)
+        return Refusal(shapes_differ(job))
+    if job.options.dimension.full:
+        return copy(job)
+    target = job.library.subspace(job.target, job.target_site, job.options.dimension)
+    if isinstance(job.update, Spectral):
+        left, right = job.update.factors()
+        core = (target.ut @ left) @ (right @ target.vt.mT)
+        return replace(
+            job.update, u=target.ut.mT, core=core, v=target.vt.mT, shape=job.target_shape
+        )
+    left, right = job.update.factors()
+    return _low_rank(job, _project(target.ut, left), _project(target.vt, right.mT).mT)
+
+
+def _low_rank(job: SiteJob, left: Tensor, right: Tensor) -> LowRank:
+    plain = job.update.low_rank() if isinstance(job.update, Spectral) else job.update
+    layout = plain.layout
+    if layout in ("linear", "conv"):
+        layout = "conv" if len(job.target_shape) > 2 else "linear"
+    return replace(plain.with_factors(left, right, job.target_shape), layout=layout)
+
+
+def _rank_order(job: SiteJob) -> Update | Refusal:
+    """§4.2.2 with the pseudo-inverse: coefficients in the source's bases, read in the target's."""
+    source = job.library.subspace(job.source, job.source_site, job.options.dimension)
+    target = job.library.subspace(job.target, job.target_site, job.options.dimension)
+    k = min(source.k, target.k)
+    left, right = job.update.factors()
+    left = target.ut[:k].mT @ (source.ut[:k] @ left)
+    right = (right @ source.vt[:k].mT) @ target.vt[:k]
+    return _low_rank(job, left, right)

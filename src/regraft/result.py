@@ -1,0 +1,80 @@
+"""What a transfer did: one object for the command line, Python, the report and the tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """One carried site.
+
+    ``share`` is its part of the adapter's energy; ``kept`` and ``kept_by_copy`` are shares of its
+    own energy ‖ΔW_t‖² / ‖ΔW_s‖².
+    """
+
+    site: str
+    source: str
+    kind: str
+    shape: tuple[int, ...]
+    rank_in: int
+    rank_out: int
+    share: float
+    kept: float
+    kept_by_copy: float
+    cosine: float | None
+    difference: float | None
+    phi_left: float | None = None
+    phi_right: float | None = None
+
+
+@dataclass
+class TransferResult:
+    """Everything a transfer reports.
+
+    Attributes
+    ----------
+    verdict : "carry", "copy" or "don't"
+        What the evidence recommends, whatever method was run.
+    method : str
+        The method that was run ("none" if the verdict stopped it).
+    energy_kept, energy_kept_by_copy : float
+        Share of the whole adapter's energy that reached the target, and what copying would give.
+    sites_refused : dict
+        Site or tensor name → reason.
+    output, sha256 : str or None
+        None on a dry run, or when nothing was written.
+    """
+
+    verdict: str
+    why: str
+    method: str
+    parameters: dict[str, Any]
+    adapter: dict[str, Any]
+    source: dict[str, Any]
+    target: dict[str, Any]
+    evidence: dict[str, Any]
+    pairing: str
+    sites: list[SiteResult] = field(default_factory=list)
+    sites_refused: dict[str, str] = field(default_factory=dict)
+    energy_kept: float = 0.0
+    energy_kept_by_copy: float = 0.0
+    output: str | None = None
+    sha256: str | None = None
+    dialect: str = ""
+    dtype: str = ""
+    report: str | None = None
+    dry_run: bool = False
+    decompositions: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sites_carried(self) -> int:
+        return len(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "sites_carried": self.sites_carried}

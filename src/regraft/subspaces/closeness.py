@@ -1,0 +1,49 @@
+"""How alike two weights are: as numbers (cosine) and as subspaces (Φ).
+
+LoRA-X (arXiv 2501.16559) Eq. 4: Φ_l(W_s, W_t) = ‖U_sᵀ U_t‖²_F / k, and Φ_r with V.
+1 means the same subspace; two unrelated subspaces of dimension k in d have Φ = k / d by chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from regraft.subspaces.engine import Subspace
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Two weights of one shape, compared.
+
+    ``difference`` is ‖W_t − W_s‖ / ‖W_s‖; ``cosine`` is ⟨W_s, W_t⟩ / (‖W_s‖ ‖W_t‖).
+    """
+
+    cosine: float
+    difference: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def closeness(source: Tensor, target: Tensor) -> Closeness:
+    """Compare two weights of the same shape."""
+    a, b = source.flatten().double(), target.flatten().double()
+    size_a, size_b = float(a.norm()), float(b.norm())
+    if size_a == 0 or size_b == 0:
+        same = size_a == size_b
+        return Closeness(
+            1.0 if same else 0.0, 0.0 if same else float("inf") if size_a == 0 else 1.0
+        )
+    return Closeness(float(a @ b) / (size_a * size_b), float((b - a).norm()) / size_a)
+
+
+def overlap(source: Tensor, target: Tensor) -> float:
+    """Φ of two orthonormal bases given as rows, (k, d) and (k', d): ‖U_sᵀU_t‖²_F / min(k, k')."""
+    return float((source @ target.mT).square().sum()) / min(source.shape[0], target.shape[0])
+
+
+def phi(source: Subspace, target: Subspace) -> tuple[float, float]:
+    """(Φ_l, Φ_r) of two weights of the same shape."""
+    return overlap(source.ut, target.ut), overlap(source.vt, target.vt)

@@ -1,0 +1,438 @@
+"""The main line: read, open, pair, choose, carry, write, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from regraft.adapters import Adapter, Site, Spectral, Update, compress, energy, same_matrix
+from regraft.bases import Base, open_base
+from regraft.dialects import load_adapter, write_adapter
+from regraft.dialects.names import DIALECTS
+from regraft.errors import BadOption, NothingCarried, NotRecommended
+from regraft.files.atomic import check_free
+from regraft.methods import Method, MethodOptions, Refusal, SiteJob, get_method
+from regraft.methods.choose import PairFacts, Verdict, choose
+from regraft.pairing import Pair, Pairing, kind_of, pair_sites
+from regraft.result import SiteResult, TransferResult
+from regraft.subspaces import Closeness, Dimension, SubspaceLibrary
+from regraft.versions import versions
+
+#: Called with (stage, done, total).
+Progress = Callable[[str, int, int], None]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def transfer(
+    adapter: str | Path,
+    *,
+    source: str | Path | Base,
+    target: str | Path | Base,
+    output: str | Path | None = None,
+    method: str = "auto",
+    report: str | Path | None = None,
+    dialect: str | None = None,
+    rank: int | Literal["full"] | None = None,
+    rank_energy: float | None = None,
+    dimension: int | float | str = 320,
+    threshold: float | None = None,
+    filter_blocks: Sequence[str] = (),
+    cross_terms: bool = False,
+    align: Literal["none", "rank-order"] = "none",
+    pairing: Literal["auto", "name", "similarity"] = "auto",
+    dtype: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    library: SubspaceLibrary | None = None,
+    progress: Progress = _silent,
+) -> TransferResult:
+    """Carry an adapter from the base it was trained on to another base.
+
+    Parameters
+    ----------
+    adapter : str or Path
+        Hub id, PEFT folder, or single ``.safetensors`` file.
+    source, target : str, Path or Base
+        The base it was trained on, and the base it shall work on.
+    output : str or Path, optional
+        File, or folder for the "peft" dialect. Without it nothing is written.
+    method : str
+        "auto", or a name from :func:`regraft.methods`.
+    report : str or Path, optional
+        Write a self-contained HTML page there.
+    dialect : str, optional
+        "peft", "diffusers", "kohya" or "lora-x"; default the input's own.
+    rank : int or "full", optional
+        Largest output rank per site. Default: the input's rank; "full" never cuts.
+    rank_energy : float, optional
+        Instead of a rank: the share of each site's energy to keep, in (0, 1].
+    dimension : int, float or "full"
+        Of the singular subspaces: a number (paper: 320), a share of energy, or everything.
+    threshold : float, optional
+        Smallest min(Φ_l, Φ_r) a site may have; default the method's.
+    filter_blocks : sequence of str
+        Regular expressions; matching target sites are left out.
+    cross_terms, align
+        See :class:`regraft.methods.MethodOptions`.
+    pairing : str
+        "auto", "name" or "similarity".
+    dtype : "fp32", "fp16" or "bf16", optional
+        Of the output; default the input's.
+    device : str
+        Where weights are decomposed: "auto", "cpu", "cuda", …
+    seed : int
+        Set before any work and recorded. No method of this version draws random numbers.
+    overwrite, dry_run : bool
+    library : SubspaceLibrary, optional
+        Share one between calls to share its cache.
+
+    Returns
+    -------
+    TransferResult
+
+    Raises
+    ------
+    NotRecommended
+        ``method="auto"`` and the verdict is "don't".
+    NothingCarried
+        The result would change nothing on the target.
+    RegraftError
+        Any unreadable input, bad option or failed write; see :mod:`regraft.errors`.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    options = MethodOptions(
+        Dimension.parse(dimension), threshold, tuple(filter_blocks), cross_terms, align
+    )
+    _check_options(method, dialect, rank, rank_energy, dtype, output, dry_run)
+    for path in (output, report):
+        if path is not None and not dry_run:
+            check_free(Path(path), overwrite=overwrite)
+    source_base = source if isinstance(source, Base) else open_base(source)
+    target_base = target if isinstance(target, Base) else open_base(target)
+    library = library or SubspaceLibrary(device=device)
+    before = library.decompositions
+    loaded = load_adapter(adapter, source_base)
+    energies = {s: energy(u.factors()) for s, u in loaded.updates.items()}
+    total = sum(energies.values())
+    if total == 0:
+        raise NothingCarried(
+            "The adapter changes nothing: every update it holds is zero.", file=str(adapter)
+        )
+    paired = pair_sites(source_base, target_base, loaded.updates, how=pairing)
+    facts = _facts(paired, energies, total, source_base, target_base, library, progress)
+    verdict = choose([f for f, _ in facts.values()])
+    library.cache.commit()
+    result = _empty_result(adapter, loaded, source_base, target_base, verdict, paired, library)
+    result.parameters = {
+        **options.to_dict(),
+        "rank": rank,
+        "rank_energy": rank_energy,
+        "pairing": pairing,
+        "seed": seed,
+    }
+    chosen = verdict.method if method == "auto" else method
+    if chosen is None:
+        result.seconds = time.perf_counter() - started
+        if report is not None and not dry_run:
+            _report(result, Path(report), overwrite)
+        refusal = NotRecommended(
+            f"Verdict: don't. {verdict.why}",
+            fix="Nothing was written. To do it all the same, name a method (--method copy).",
+        )
+        refusal.result = result
+        raise refusal
+    used = get_method(chosen)
+    result.method = used.name
+    carried = _carry(
+        used,
+        paired,
+        loaded,
+        energies,
+        facts,
+        result,
+        options,
+        rank,
+        rank_energy,
+        source_base,
+        target_base,
+        library,
+        progress,
+    )
+    library.cache.commit()
+    if not carried.updates or carried.energy() == 0:
+        reasons = sorted(set(result.sites_refused.values()))[:3]
+        raise NothingCarried(
+            "Nothing could be carried, so nothing was written: " + "; ".join(reasons) + ".",
+            fix="`regraft compare` shows how the two bases relate.",
+        )
+    result.decompositions = library.decompositions - before
+    result.dialect = dialect or _default_dialect(loaded.dialect, output)
+    stored = DTYPES[dtype] if dtype else _stored_dtype(loaded)
+    result.dtype = _DTYPE_NAMES[stored]
+    if output is not None and not dry_run:
+        written = write_adapter(
+            carried,
+            target_base,
+            Path(output),
+            dialect=result.dialect,
+            dtype=stored,
+            provenance=_provenance(result),
+            overwrite=overwrite,
+        )
+        result.output, result.sha256 = str(output), written.sha256
+    result.dry_run = dry_run
+    result.seconds = time.perf_counter() - started
+    if report is not None and not dry_run:
+        _report(result, Path(report), overwrite)
+    return result
+
+
+def _check_options(
+    method: str,
+    dialect: str | None,
+    rank: int | str | None,
+    rank_energy: float | None,
+    dtype: str | None,
+    output: str | Path | None,
+    dry_run: bool,
+) -> None:
+    if method != "auto":
+        get_method(method)
+    if dialect is not None and dialect not in DIALECTS:
+        raise BadOption(f"No dialect {dialect!r}.", fix=f"Choose one of {', '.join(DIALECTS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise BadOption(f"No dtype {dtype!r}.", fix=f"Choose one of {', '.join(DTYPES)}.")
+    if rank is not None and rank != "full" and (not isinstance(rank, int) or rank < 1):
+        raise BadOption(f"The rank {rank!r} is not a positive number.", fix="Or say full.")
+    if rank_energy is not None and not 0 < rank_energy <= 1:
+        raise BadOption(f"The rank energy {rank_energy} is not in (0, 1].")
+    if rank is not None and rank_energy is not None:
+        raise BadOption("A rank and a rank energy were both given.", fix="Give one of them.")
+    named = dialect in ("kohya", "diffusers", "lora-x")
+    if named and output is not None and not str(output).endswith(".safetensors") and not dry_run:
+        raise BadOption(
+            f"The {dialect} dialect is one file.",
+            file=str(output),
+            fix="End its name in .safetensors.",
+        )
+
+
+def _default_dialect(loaded: str, output: str | Path | None) -> str:
+    """The input's own dialect, unless the output's name asks for a file or a folder."""
+    if output is None:
+        return loaded
+    single = str(output).endswith(".safetensors")
+    if loaded == "peft":
+        return "diffusers" if single else "peft"
+    if not single:
+        raise BadOption(
+            f"The input is one {loaded} file, but the output does not end in .safetensors.",
+            file=str(output),
+            fix="Rename the output, or pass --dialect peft for a folder.",
+        )
+    return loaded
+
+
+def _stored_dtype(loaded: Adapter) -> torch.dtype:
+    first: Update = next(iter(loaded.updates.values()))
+    dtype = first.u.dtype if isinstance(first, Spectral) else first.up.dtype
+    return dtype if dtype in _DTYPE_NAMES else torch.float32
+
+
+def _facts(
+    paired: Pairing,
+    energies: dict[Site, float],
+    total: float,
+    source: Base,
+    target: Base,
+    library: SubspaceLibrary,
+    progress: Progress,
+) -> dict[Site, tuple[PairFacts, Closeness | None]]:
+    """Per target site: the evidence. A source site that feeds several shares out its weight."""
+    feeds: dict[Site, int] = {}
+    for pair in paired.pairs:
+        feeds[pair.source] = feeds.get(pair.source, 0) + 1
+    facts = {}
+    for index, pair in enumerate(paired.pairs):
+        close = library.closeness(source, pair.source, target, pair.target)
+        facts[pair.target] = (
+            PairFacts(
+                share=energies[pair.source] / total / feeds[pair.source],
+                cosine=None if close is None else close.cosine,
+                difference=None if close is None else close.difference,
+                identical=close is not None and close.difference == 0.0,
+                by_similarity=pair.how == "similarity" and pair.source != pair.target,
+            ),
+            close,
+        )
+        progress("comparing weights", index + 1, len(paired.pairs))
+    return facts
+
+
+def _carry(
+    used: Method,
+    paired: Pairing,
+    loaded: Adapter,
+    energies: dict[Site, float],
+    facts: dict[Site, tuple[PairFacts, Closeness | None]],
+    result: TransferResult,
+    options: MethodOptions,
+    rank: int | str | None,
+    rank_energy: float | None,
+    source: Base,
+    target: Base,
+    library: SubspaceLibrary,
+    progress: Progress,
+) -> Adapter:
+    """Run the method at every pair and account for every site."""
+    updates: dict[Site, Update] = {}
+    for index, pair in enumerate(paired.pairs):
+        share = facts[pair.target][0].share
+        fits = same_matrix(source.weights[pair.source].shape, target.weights[pair.target].shape)
+        result.energy_kept_by_copy += share if fits else 0.0
+        outcome = _one(used, pair, loaded, options, source, target, library)
+        progress(used.name, index + 1, len(paired.pairs))
+        if isinstance(outcome, Refusal):
+            result.sites_refused[str(pair.target)] = outcome.reason
+            continue
+        before = loaded.updates[pair.source]
+        update = _cut(outcome, before.rank, rank, rank_energy)
+        kept = energy(update.factors()) / energies[pair.source] if energies[pair.source] else 1.0
+        result.energy_kept += share * kept
+        updates[pair.target] = update
+        close = facts[pair.target][1]
+        known = library.known_phi(source, pair.source, target, pair.target, options.dimension)
+        result.sites.append(
+            SiteResult(
+                site=str(pair.target),
+                source=str(pair.source),
+                kind=kind_of(pair.target),
+                shape=tuple(target.weights[pair.target].shape),
+                rank_in=before.rank,
+                rank_out=update.rank,
+                share=share,
+                kept=kept,
+                kept_by_copy=1.0 if fits else 0.0,
+                cosine=None if close is None else close.cosine,
+                difference=None if close is None else close.difference,
+                phi_left=known[0] if known else None,
+                phi_right=known[1] if known else None,
+            )
+        )
+    carried = Adapter(**{**vars(loaded), "updates": updates})
+    return carried
+
+
+def _one(
+    used: Method,
+    pair: Pair,
+    loaded: Adapter,
+    options: MethodOptions,
+    source: Base,
+    target: Base,
+    library: SubspaceLibrary,
+) -> Update | Refusal:
+    pattern = options.filtered(pair.target)
+    if pattern is not None:
+        return Refusal(f"left out by the filter {pattern!r}")
+    job = SiteJob(
+        loaded.updates[pair.source], source, pair.source, target, pair.target, library, options
+    )
+    return used.carry(job)
+
+
+def _cut(update: Update, before: int, rank: int | str | None, share: float | None) -> Update:
+    """Apply the output rank rule. Nothing is touched when nothing has to be cut."""
+    if isinstance(update, Spectral) and rank is None and share is None:
+        return update
+    limit = None if rank == "full" or share is not None else int(rank or before)
+    if share is None and (limit is None or update.rank <= limit):
+        return update
+    plain = update.low_rank() if isinstance(update, Spectral) else update
+    (left, right), _ = compress(plain.factors(), rank=limit, share=share)
+    return plain.with_factors(left, right, plain.shape)
+
+
+def _empty_result(
+    ref: str | Path,
+    loaded: Adapter,
+    source: Base,
+    target: Base,
+    verdict: Verdict,
+    paired: Pairing,
+    library: SubspaceLibrary,
+) -> TransferResult:
+    evidence = verdict.to_dict()
+    evidence.pop("why")
+    evidence.pop("word")
+    refused = {**loaded.refused, **{str(s): why for s, why in paired.unpaired.items()}}
+    targets = [p.target for p in paired.pairs]
+    return TransferResult(
+        verdict=verdict.word,
+        why=verdict.why,
+        method="none",
+        parameters={},
+        adapter={
+            "ref": str(ref),
+            "name": loaded.name,
+            "family": loaded.family,
+            "dialect": loaded.dialect,
+            "rank": loaded.rank,
+            "sites": len(loaded.updates),
+            "sha256": loaded.sha256,
+            "trigger_words": loaded.metadata.get("modelspec.trigger_phrase", ""),
+        },
+        source=_base_facts(source, loaded.updates, library),
+        target=_base_facts(target, targets, library),
+        evidence=evidence,
+        pairing=paired.how,
+        sites_refused=refused,
+        notes=list(loaded.notes),
+        versions=versions(),
+    )
+
+
+def _base_facts(base: Base, sites: Any, library: SubspaceLibrary) -> dict[str, Any]:
+    return {
+        "ref": base.ref,
+        "name": base.name,
+        "revision": base.revision,
+        "sha256_of_used_weights": library.base_hash(base, sites),
+    }
+
+
+def _provenance(result: TransferResult) -> dict[str, Any]:
+    """What the file says of its own making: nothing that differs between two equal runs."""
+    drop = ("ref",)
+    return {
+        "format": 1,
+        "adapter": {k: v for k, v in result.adapter.items() if k not in drop},
+        "source": {k: v for k, v in result.source.items() if k not in drop},
+        "target": {k: v for k, v in result.target.items() if k not in drop},
+        "method": result.method,
+        "parameters": result.parameters,
+        "verdict": result.verdict,
+        "energy_kept": round(result.energy_kept, 6),
+        "sites_refused": result.sites_refused,
+        "dtype": result.dtype,
+        "versions": result.versions,
+    }
+
+
+def _report(result: TransferResult, path: Path, overwrite: bool) -> None:
+    from regraft.report import write_report
+
+    result.report = str(path)
+    write_report(result, path, overwrite=overwrite)
