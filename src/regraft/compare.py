@@ -1,4 +1,4 @@
-"""Two bases side by side, before any adapter is touched: lineage, pairing, Φ, and what to expect."""
+"""Two bases side by side, before any adapter is touched: lineage, pairing, Φ, what to expect."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from regraft.adapters import matrix_shape
 from regraft.bases import Base, architecture, open_base
+from regraft.crossing import Progress, silent
 from regraft.errors import BadOption, NotABase
 from regraft.methods import MethodOptions, methods
 from regraft.methods.choose import RELATED, PairFacts, choose
 from regraft.pairing import kind_of, pair_sites
 from regraft.subspaces import Dimension, SubspaceLibrary
-from regraft.transfer import Progress, _silent
 from regraft.versions import versions
 
 
@@ -71,7 +71,7 @@ def compare(
     pairing: Literal["auto", "name", "similarity"] = "auto",
     device: str = "auto",
     library: SubspaceLibrary | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Comparison:
     """Compare two bases site by site.
 
@@ -121,15 +121,7 @@ def compare(
         if subspaces:
             phis = library.phi(a, pair.source, b, pair.target, options.dimension)
         share = prod(a.weights[pair.source].shape) / total
-        facts.append(
-            PairFacts(
-                share,
-                None if close is None else close.cosine,
-                None if close is None else close.difference,
-                close is not None and close.difference == 0.0,
-                pair.how == "similarity" and pair.source != pair.target,
-            )
-        )
+        facts.append(PairFacts.of(share, close, pair))
         rho = _shares(b, pair.target, options.dimension, library) if phis else None
         keeps = {}
         if phis and rho:

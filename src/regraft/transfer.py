@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from regraft.adapters import Adapter, Site, Spectral, Update, compress, energy, same_matrix
+from regraft.adapters import Adapter, Spectral, Update, energy
 from regraft.bases import Base, open_base
+from regraft.crossing import Crossing, Progress, silent
 from regraft.dialects import load_adapter, write_adapter
 from regraft.dialects.names import DIALECTS
 from regraft.errors import BadOption, NothingCarried, NotRecommended
 from regraft.files.atomic import check_free
-from regraft.methods import Method, MethodOptions, Refusal, SiteJob, get_method
-from regraft.methods.choose import PairFacts, Verdict, choose
-from regraft.pairing import Pair, Pairing, kind_of, pair_sites
-from regraft.result import SiteResult, TransferResult
-from regraft.subspaces import Closeness, Dimension, SubspaceLibrary
+from regraft.methods import MethodOptions, get_method
+from regraft.methods.choose import Verdict, choose
+from regraft.pairing import Pairing, pair_sites
+from regraft.result import TransferResult
+from regraft.subspaces import Dimension, SubspaceLibrary
 from regraft.versions import versions
 
-#: Called with (stage, done, total).
-Progress = Callable[[str, int, int], None]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def transfer(
@@ -55,7 +50,7 @@ def transfer(
     overwrite: bool = False,
     dry_run: bool = False,
     library: SubspaceLibrary | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> TransferResult:
     """Carry an adapter from the base it was trained on to another base.
 
@@ -131,8 +126,8 @@ def transfer(
             "The adapter changes nothing: every update it holds is zero.", file=str(adapter)
         )
     paired = pair_sites(source_base, target_base, loaded.updates, how=pairing)
-    facts = _facts(paired, energies, total, source_base, target_base, library, progress)
-    verdict = choose([f for f, _ in facts.values()])
+    crossing = Crossing(loaded, source_base, target_base, library, paired, energies, progress)
+    verdict = choose(crossing.facts())
     library.cache.commit()
     result = _empty_result(adapter, loaded, source_base, target_base, verdict, paired, library)
     result.parameters = {
@@ -155,21 +150,7 @@ def transfer(
         raise refusal
     used = get_method(chosen)
     result.method = used.name
-    carried = _carry(
-        used,
-        paired,
-        loaded,
-        energies,
-        facts,
-        result,
-        options,
-        rank,
-        rank_energy,
-        source_base,
-        target_base,
-        library,
-        progress,
-    )
+    carried = crossing.carry(used, options, rank, rank_energy, result)
     library.cache.commit()
     if not carried.updates or carried.energy() == 0:
         reasons = sorted(set(result.sites_refused.values()))[:3]
@@ -249,120 +230,6 @@ def _stored_dtype(loaded: Adapter) -> torch.dtype:
     first: Update = next(iter(loaded.updates.values()))
     dtype = first.u.dtype if isinstance(first, Spectral) else first.up.dtype
     return dtype if dtype in _DTYPE_NAMES else torch.float32
-
-
-def _facts(
-    paired: Pairing,
-    energies: dict[Site, float],
-    total: float,
-    source: Base,
-    target: Base,
-    library: SubspaceLibrary,
-    progress: Progress,
-) -> dict[Site, tuple[PairFacts, Closeness | None]]:
-    """Per target site: the evidence. A source site that feeds several shares out its weight."""
-    feeds: dict[Site, int] = {}
-    for pair in paired.pairs:
-        feeds[pair.source] = feeds.get(pair.source, 0) + 1
-    facts = {}
-    for index, pair in enumerate(paired.pairs):
-        close = library.closeness(source, pair.source, target, pair.target)
-        facts[pair.target] = (
-            PairFacts(
-                share=energies[pair.source] / total / feeds[pair.source],
-                cosine=None if close is None else close.cosine,
-                difference=None if close is None else close.difference,
-                identical=close is not None and close.difference == 0.0,
-                by_similarity=pair.how == "similarity" and pair.source != pair.target,
-            ),
-            close,
-        )
-        progress("comparing weights", index + 1, len(paired.pairs))
-    return facts
-
-
-def _carry(
-    used: Method,
-    paired: Pairing,
-    loaded: Adapter,
-    energies: dict[Site, float],
-    facts: dict[Site, tuple[PairFacts, Closeness | None]],
-    result: TransferResult,
-    options: MethodOptions,
-    rank: int | str | None,
-    rank_energy: float | None,
-    source: Base,
-    target: Base,
-    library: SubspaceLibrary,
-    progress: Progress,
-) -> Adapter:
-    """Run the method at every pair and account for every site."""
-    updates: dict[Site, Update] = {}
-    for index, pair in enumerate(paired.pairs):
-        share = facts[pair.target][0].share
-        fits = same_matrix(source.weights[pair.source].shape, target.weights[pair.target].shape)
-        result.energy_kept_by_copy += share if fits else 0.0
-        outcome = _one(used, pair, loaded, options, source, target, library)
-        progress(used.name, index + 1, len(paired.pairs))
-        if isinstance(outcome, Refusal):
-            result.sites_refused[str(pair.target)] = outcome.reason
-            continue
-        before = loaded.updates[pair.source]
-        update = _cut(outcome, before.rank, rank, rank_energy)
-        kept = energy(update.factors()) / energies[pair.source] if energies[pair.source] else 1.0
-        result.energy_kept += share * kept
-        updates[pair.target] = update
-        close = facts[pair.target][1]
-        known = library.known_phi(source, pair.source, target, pair.target, options.dimension)
-        result.sites.append(
-            SiteResult(
-                site=str(pair.target),
-                source=str(pair.source),
-                kind=kind_of(pair.target),
-                shape=tuple(target.weights[pair.target].shape),
-                rank_in=before.rank,
-                rank_out=update.rank,
-                share=share,
-                kept=kept,
-                kept_by_copy=1.0 if fits else 0.0,
-                cosine=None if close is None else close.cosine,
-                difference=None if close is None else close.difference,
-                phi_left=known[0] if known else None,
-                phi_right=known[1] if known else None,
-            )
-        )
-    carried = Adapter(**{**vars(loaded), "updates": updates})
-    return carried
-
-
-def _one(
-    used: Method,
-    pair: Pair,
-    loaded: Adapter,
-    options: MethodOptions,
-    source: Base,
-    target: Base,
-    library: SubspaceLibrary,
-) -> Update | Refusal:
-    pattern = options.filtered(pair.target)
-    if pattern is not None:
-        return Refusal(f"left out by the filter {pattern!r}")
-    job = SiteJob(
-        loaded.updates[pair.source], source, pair.source, target, pair.target, library, options
-    )
-    return used.carry(job)
-
-
-def _cut(update: Update, before: int, rank: int | str | None, share: float | None) -> Update:
-    """Apply the output rank rule. Nothing is touched when nothing has to be cut."""
-    if isinstance(update, Spectral) and rank is None and share is None:
-        return update
-    limit = None if rank == "full" or share is not None else int(rank or before)
-    if share is None and (limit is None or update.rank <= limit):
-        return update
-    plain = update.low_rank() if isinstance(update, Spectral) else update
-    (left, right), _ = compress(plain.factors(), rank=limit, share=share)
-    return plain.with_factors(left, right, plain.shape)
 
 
 def _empty_result(

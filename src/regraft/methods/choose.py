@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from regraft.pairing import Pair
+from regraft.subspaces import Closeness
+
 VerdictWord = Literal["carry", "copy", "don't"]
 
 #: Mean weight cosine from which two bases count as related. Continued trainings and fine-tunes lie
 #: above 0.9, independent trainings at 0 ± 1/√n.
 RELATED = 0.5
 #: Share of the adapter's energy that must have a place on the target.
-COVERAGE = 0.5
+COVERAGE = 0.3
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,17 @@ class PairFacts:
     difference: float | None
     identical: bool
     by_similarity: bool
+
+    @classmethod
+    def of(cls, share: float, close: Closeness | None, pair: Pair) -> PairFacts:
+        """The facts of one pair; ``close`` is None when the shapes differ."""
+        return cls(
+            share=share,
+            cosine=None if close is None else close.cosine,
+            difference=None if close is None else close.difference,
+            identical=close is not None and close.difference == 0.0,
+            by_similarity=pair.how == "similarity" and pair.source != pair.target,
+        )
 
 
 @dataclass(frozen=True)

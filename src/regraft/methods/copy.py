@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from regraft.adapters import Update, same_matrix
+from regraft.adapters.update import Layout
 from regraft.methods.registry import Refusal, SiteJob, method, shapes_differ
 
 
@@ -30,5 +31,5 @@ def carry(job: SiteJob) -> Update | Refusal:
         return Refusal(shapes_differ(job))
     if job.source_shape == job.target_shape:
         return job.update
-    layout = "conv" if len(job.target_shape) > 2 else "linear"
+    layout: Layout = "conv" if len(job.target_shape) > 2 else "linear"
     return replace(job.update, shape=job.target_shape, layout=layout)

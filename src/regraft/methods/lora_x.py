@@ -7,9 +7,9 @@ arXiv 2501.16559 (ICLR 2025).
 * Eq. 3, transfer between equal shapes: ΔW_t = U_t U_tᵀ ΔW_s V_t V_tᵀ.
 * Eq. 4, similarity: Φ_l = ‖U_sᵀ U_t‖²_F / k, Φ_r with V; sites below a threshold are left out
   (the paper gives no threshold: none is applied unless asked).
-* §4.2.2, different shapes: P = argmin ‖P U_s − U_t‖. For truncated bases P U_s = U_t exactly, so it
-  amounts to ΔW_t = U_t (U_sᵀ ΔW_s V_s) V_tᵀ, matching singular vectors by rank order. That carries no
-  information about which directions mean the same, so it is off unless ``align="rank-order"``.
+* §4.2.2, different shapes: P = argmin ‖P U_s − U_t‖. For truncated bases P U_s = U_t exactly, so
+  it amounts to ΔW_t = U_t (U_sᵀ ΔW_s V_s) V_tᵀ, matching singular vectors by rank order. That says
+  nothing about which directions mean the same, so it is off unless ``align="rank-order"``.
 
 An ordinary LoRA has no reason to lie in the subspace: with ρ = k/d on both sides, a ΔW without
 preferred direction keeps only ρ² of its energy.
@@ -26,7 +26,7 @@ from regraft.methods.copy import carry as copy
 from regraft.methods.registry import Refusal, SiteJob, below_threshold, method, shapes_differ
 
 
-def _project(rows: Tensor, x: Tensor) -> Tensor:
+def project(rows: Tensor, x: Tensor) -> Tensor:
     """R ᵀ R x for an orthonormal basis given as rows R, (k, d), and x, (d, r)."""
     return rows.mT @ (rows @ x)
 
@@ -62,10 +62,11 @@ def carry(job: SiteJob) -> Update | Refusal:
             job.update, u=target.ut.mT, core=core, v=target.vt.mT, shape=job.target_shape
         )
     left, right = job.update.factors()
-    return _low_rank(job, _project(target.ut, left), _project(target.vt, right.mT).mT)
+    return as_low_rank(job, project(target.ut, left), project(target.vt, right.mT).mT)
 
 
-def _low_rank(job: SiteJob, left: Tensor, right: Tensor) -> LowRank:
+def as_low_rank(job: SiteJob, left: Tensor, right: Tensor) -> LowRank:
+    """left @ right as an update of the target's weight, in the input's layout."""
     plain = job.update.low_rank() if isinstance(job.update, Spectral) else job.update
     layout = plain.layout
     if layout in ("linear", "conv"):
@@ -81,4 +82,4 @@ def _rank_order(job: SiteJob) -> Update | Refusal:
     left, right = job.update.factors()
     left = target.ut[:k].mT @ (source.ut[:k] @ left)
     right = (right @ source.vt[:k].mT) @ target.vt[:k]
-    return _low_rank(job, left, right)
+    return as_low_rank(job, left, right)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from regraft.adapters import Update, same_matrix
 from regraft.methods.copy import carry as copy
-from regraft.methods.lora_x import _low_rank, _project
+from regraft.methods.lora_x import as_low_rank, project
 from regraft.methods.registry import (
     MethodOptions,
     Refusal,
@@ -38,7 +38,7 @@ THRESHOLD = 0.8
 
 
 def _keeps(phi_l: float, phi_r: float, rho_l: float, rho_r: float, options: MethodOptions) -> float:
-    """E‖ΔW_t‖² / ‖ΔW_s‖² for isotropic ΔW, from ‖P_t P_s‖²_F = kΦ and ‖Q_t Q_s‖²_F = d − 2k + kΦ."""
+    """E‖ΔW_t‖² / ‖ΔW_s‖² for isotropic ΔW: ‖P_t P_s‖²_F = kΦ and ‖Q_t Q_s‖²_F = d − 2k + kΦ."""
     par_l, par_r = rho_l * phi_l, rho_r * phi_r
     null_l, null_r = max(0.0, 1 - 2 * rho_l + par_l), max(0.0, 1 - 2 * rho_r + par_r)
     kept = par_l * par_r + null_l * null_r
@@ -47,9 +47,9 @@ def _keeps(phi_l: float, phi_r: float, rho_l: float, rho_r: float, options: Meth
 
 def _split(source: Tensor, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(P_t P_s x, Q_t Q_s x) for bases given as rows."""
-    inside = _project(source, x)
+    inside = project(source, x)
     outside = x - inside
-    return _project(target, inside), outside - _project(target, outside)
+    return project(target, inside), outside - project(target, outside)
 
 
 @method(
@@ -79,8 +79,8 @@ def carry(job: SiteJob) -> Update | Refusal:
     left_in, left_out = _split(source.ut, target.ut, left)
     right_in, right_out = _split(source.vt, target.vt, right.mT)
     if job.options.cross_terms:
-        return _low_rank(job, left_in + left_out, (right_in + right_out).mT)
-    return _low_rank(
+        return as_low_rank(job, left_in + left_out, (right_in + right_out).mT)
+    return as_low_rank(
         job,
         torch.cat([left_in, left_out], dim=1),
         torch.cat([right_in, right_out], dim=1).mT,

@@ -63,10 +63,12 @@ def kind_of(site: Site) -> str:
 
 
 def _sketch(base: Base, site: Site) -> Tensor:
+    """A fixed sample of the weight's entries, as a unit vector."""
     flat = base.read(site).flatten()
     step = max(1, flat.numel() // _SKETCH)
     sample = flat[::step].clone()
-    return sample / sample.norm().clamp_min(1e-30)
+    unit: Tensor = sample / sample.norm().clamp_min(1e-30)
+    return unit
 
 
 def pair_sites(

@@ -80,7 +80,7 @@ class Cache:
         self._db.close()
 
     def content_hash(self, file: TensorFile, tensor: str) -> str:
-        """SHA-256 of one tensor's dtype, shape and bytes, remembered while the file is unchanged."""
+        """SHA-256 of one tensor's dtype, shape and bytes, remembered while its file is the same."""
         stat = file.path.stat()
         key = f"{file.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
         with self._lock:

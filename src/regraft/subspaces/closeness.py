@@ -32,10 +32,8 @@ def closeness(source: Tensor, target: Tensor) -> Closeness:
     a, b = source.flatten().double(), target.flatten().double()
     size_a, size_b = float(a.norm()), float(b.norm())
     if size_a == 0 or size_b == 0:
-        same = size_a == size_b
-        return Closeness(
-            1.0 if same else 0.0, 0.0 if same else float("inf") if size_a == 0 else 1.0
-        )
+        # A zero weight has no direction; two of them are the same weight.
+        return Closeness(1.0, 0.0) if size_a == size_b else Closeness(0.0, 1.0)
     return Closeness(float(a @ b) / (size_a * size_b), float((b - a).norm()) / size_a)
 
 

@@ -146,7 +146,7 @@ def _gram(weight: Tensor, dimension: Dimension) -> Subspace | None:
     gram = weight @ weight.mT if wide else weight.mT @ weight
     try:
         values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     s = values.flip(0).clamp_min(0).sqrt()
     if s[0] == 0:

@@ -1,4 +1,4 @@
-"""The library every method asks: subspaces and closeness of sites, computed once, then remembered."""
+"""What every method asks: subspaces and closeness of sites, computed once, then remembered."""
 
 from __future__ import annotations
 

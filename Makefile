@@ -1,0 +1,52 @@
+# Everything a contributor types. Each target sets up .venv by itself; a second run is quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help setup demo test test-all bench lint docs clean lab-pair
+
+help:
+	@echo "make demo      carry a real adapter between two small bases, and show it on a page"
+	@echo "make test      lint, types and tests (under 10 minutes)"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make bench     speed and memory on an SDXL-shaped pair (needs 20 GB of disk)"
+	@echo "make docs      regenerate the CLI reference"
+	@echo "make lab-pair  retrain the embedded pair (about two hours on two cores)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--group dev -e ".[demo]"
+	rm -f $(VENV)/.ready-* && touch $@
+
+demo: setup
+	$(BIN)/regraft demo
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.transfer_sdxl
+
+docs: setup
+	$(BIN)/cog -r docs/cli.md
+
+lab-pair: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group lab
+	$(BIN)/python -m lab.train_pair
+
+clean:
+	rm -rf $(VENV) benchmarks/.work lab/.work .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,146 @@
+"""Crossing: one adapter over one pair of bases, site by site, with every site accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from regraft.adapters import Adapter, Site, Spectral, Update, compress, energy, same_matrix
+from regraft.bases import Base
+from regraft.methods import Method, MethodOptions, Refusal, SiteJob
+from regraft.methods.choose import PairFacts
+from regraft.pairing import Pair, Pairing, kind_of
+from regraft.result import SiteResult, TransferResult
+from regraft.subspaces import Closeness, SubspaceLibrary
+
+#: Called with (stage, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress wanted."""
+
+
+@dataclass
+class Crossing:
+    """An adapter on its way from one base to another.
+
+    ``energies`` holds ‖ΔW‖² of each source site.
+    """
+
+    adapter: Adapter
+    source: Base
+    target: Base
+    library: SubspaceLibrary
+    paired: Pairing
+    energies: dict[Site, float]
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        total = sum(self.energies.values())
+        feeds = Counter(pair.source for pair in self.paired.pairs)
+        # A source site that feeds several target sites shares out its weight among them.
+        self.share = {
+            p.target: self.energies[p.source] / total / feeds[p.source] for p in self.paired.pairs
+        }
+        self.close: dict[Site, Closeness | None] = {}
+
+    def facts(self) -> list[PairFacts]:
+        """The evidence, pair by pair, before any method runs."""
+        found = []
+        for index, pair in enumerate(self.paired.pairs):
+            close = self.library.closeness(self.source, pair.source, self.target, pair.target)
+            self.close[pair.target] = close
+            found.append(PairFacts.of(self.share[pair.target], close, pair))
+            self.progress("comparing weights", index + 1, len(self.paired.pairs))
+        return found
+
+    def carry(
+        self,
+        used: Method,
+        options: MethodOptions,
+        rank: int | str | None,
+        share: float | None,
+        result: TransferResult,
+    ) -> Adapter:
+        """Run a method at every pair; fills in ``result`` and returns the target's adapter."""
+        updates: dict[Site, Update] = {}
+        for index, pair in enumerate(self.paired.pairs):
+            weight = self.share[pair.target]
+            result.energy_kept_by_copy += weight * self._by_copy(pair)
+            outcome = self._one(used, options, pair)
+            self.progress(used.name, index + 1, len(self.paired.pairs))
+            if isinstance(outcome, Refusal):
+                result.sites_refused[str(pair.target)] = outcome.reason
+                continue
+            update = cut(outcome, self.adapter.updates[pair.source].rank, rank, share)
+            updates[pair.target] = update
+            entry = self._entry(pair, update, options)
+            result.sites.append(entry)
+            result.energy_kept += weight * entry.kept
+        result.energy_kept = _share(result.energy_kept)
+        result.energy_kept_by_copy = _share(result.energy_kept_by_copy)
+        return replace(self.adapter, updates=updates)
+
+    def _by_copy(self, pair: Pair) -> float:
+        source, target = self.source.weights[pair.source], self.target.weights[pair.target]
+        return 1.0 if same_matrix(source.shape, target.shape) else 0.0
+
+    def _one(self, used: Method, options: MethodOptions, pair: Pair) -> Update | Refusal:
+        pattern = options.filtered(pair.target)
+        if pattern is not None:
+            return Refusal(f"left out by the filter {pattern!r}")
+        update = self.adapter.updates[pair.source]
+        job = SiteJob(
+            update, self.source, pair.source, self.target, pair.target, self.library, options
+        )
+        return used.carry(job)
+
+    def _entry(self, pair: Pair, update: Update, options: MethodOptions) -> SiteResult:
+        before = self.energies[pair.source]
+        close = self.close[pair.target]
+        phi = self.library.known_phi(
+            self.source, pair.source, self.target, pair.target, options.dimension
+        )
+        return SiteResult(
+            site=str(pair.target),
+            source=str(pair.source),
+            kind=kind_of(pair.target),
+            shape=tuple(self.target.weights[pair.target].shape),
+            rank_in=self.adapter.updates[pair.source].rank,
+            rank_out=update.rank,
+            share=self.share[pair.target],
+            kept=energy(update.factors()) / before if before else 1.0,
+            kept_by_copy=self._by_copy(pair),
+            cosine=None if close is None else close.cosine,
+            difference=None if close is None else close.difference,
+            phi_left=phi[0] if phi else None,
+            phi_right=phi[1] if phi else None,
+        )
+
+
+def _share(value: float) -> float:
+    """A sum of shares without the dust of adding them up."""
+    return 1.0 if abs(value - 1.0) < 1e-9 else value
+
+
+def cut(update: Update, before: int, rank: int | str | None, share: float | None) -> Update:
+    """Apply the output rank rule; an update that needs no cut is returned as it is.
+
+    Parameters
+    ----------
+    before : int
+        The input's rank at this site, the limit when neither rule is given.
+    rank : int, "full" or None
+    share : float or None
+        Share of the site's energy to keep.
+    """
+    if isinstance(update, Spectral) and rank is None and share is None:
+        return update
+    limit = None if rank == "full" or share is not None else int(rank or before)
+    if share is None and (limit is None or update.rank <= limit):
+        return update
+    plain = update.low_rank() if isinstance(update, Spectral) else update
+    (left, right), _ = compress(plain.factors(), rank=limit, share=share)
+    return plain.with_factors(left, right, plain.shape)
