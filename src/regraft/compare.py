@@ -15,8 +15,9 @@ from regraft.crossing import Progress, silent
 from regraft.errors import BadOption, NotABase
 from regraft.methods import MethodOptions, methods
 from regraft.methods.choose import RELATED, PairFacts, choose
-from regraft.pairing import kind_of, pair_sites
-from regraft.subspaces import Dimension, SubspaceLibrary
+from regraft.pairing import Pair, kind_of, pair_sites
+from regraft.parallel import in_order
+from regraft.subspaces import Closeness, Dimension, SubspaceLibrary
 from regraft.versions import versions
 
 
@@ -114,33 +115,16 @@ def compare(
     total = sum(prod(a.weights[s].shape) for s in chosen)
     found: list[SiteComparison] = []
     facts: list[PairFacts] = []
-    for index, pair in enumerate(paired.pairs):
-        shape = b.weights[pair.target].shape
-        close = library.closeness(a, pair.source, b, pair.target)
-        phis = None
-        if subspaces:
-            phis = library.phi(a, pair.source, b, pair.target, options.dimension)
+    shelf = library
+
+    def look(pair: Pair) -> tuple[Closeness | None, SiteComparison]:
+        return _compare_site(a, b, pair, shelf, options, subspaces)
+
+    for pair, (close, entry) in zip(paired.pairs, in_order(look, paired.pairs), strict=True):
         share = prod(a.weights[pair.source].shape) / total
         facts.append(PairFacts.of(share, close, pair))
-        rho = _shares(b, pair.target, options.dimension, library) if phis else None
-        keeps = {}
-        if phis and rho:
-            keeps = {m.name: m.keeps(*phis, *rho, options) for m in methods()}
-        found.append(
-            SiteComparison(
-                str(pair.target),
-                str(pair.source),
-                kind_of(pair.target),
-                shape,
-                None if close is None else close.cosine,
-                None if close is None else close.difference,
-                phis[0] if phis else None,
-                phis[1] if phis else None,
-                rho[0] if rho else None,
-                keeps,
-            )
-        )
-        progress("comparing", index + 1, len(paired.pairs))
+        found.append(entry)
+        progress("comparing", len(found), len(paired.pairs))
     library.cache.commit()
     verdict = choose(facts)
     evidence = {k: v for k, v in verdict.to_dict().items() if k not in ("word", "why")}
@@ -160,6 +144,35 @@ def compare(
         seconds=time.perf_counter() - started,
         versions=versions(),
     )
+
+
+def _compare_site(
+    a: Base,
+    b: Base,
+    pair: Pair,
+    library: SubspaceLibrary,
+    options: MethodOptions,
+    subspaces: bool,
+) -> tuple[Closeness | None, SiteComparison]:
+    close = library.closeness(a, pair.source, b, pair.target)
+    phis = rho = None
+    if subspaces:
+        phis = library.phi(a, pair.source, b, pair.target, options.dimension)
+    if phis:
+        rho = _shares(b, pair.target, options.dimension, library)
+    entry = SiteComparison(
+        site=str(pair.target),
+        source=str(pair.source),
+        kind=kind_of(pair.target),
+        shape=b.weights[pair.target].shape,
+        cosine=None if close is None else close.cosine,
+        difference=None if close is None else close.difference,
+        phi_left=phis[0] if phis else None,
+        phi_right=phis[1] if phis else None,
+        chance=rho[0] if rho else None,
+        keeps={m.name: m.keeps(*phis, *rho, options) for m in methods()} if phis and rho else {},
+    )
+    return close, entry
 
 
 def _shares(

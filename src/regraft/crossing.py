@@ -11,6 +11,7 @@ from regraft.bases import Base
 from regraft.methods import Method, MethodOptions, Refusal, SiteJob
 from regraft.methods.choose import PairFacts
 from regraft.pairing import Pair, Pairing, kind_of
+from regraft.parallel import in_order
 from regraft.result import SiteResult, TransferResult
 from regraft.subspaces import Closeness, SubspaceLibrary
 
@@ -49,12 +50,15 @@ class Crossing:
     def facts(self) -> list[PairFacts]:
         """The evidence, pair by pair, before any method runs."""
         found = []
-        for index, pair in enumerate(self.paired.pairs):
-            close = self.library.closeness(self.source, pair.source, self.target, pair.target)
+        pairs = self.paired.pairs
+        for pair, close in zip(pairs, in_order(self._closeness, pairs), strict=True):
             self.close[pair.target] = close
             found.append(PairFacts.of(self.share[pair.target], close, pair))
-            self.progress("comparing weights", index + 1, len(self.paired.pairs))
+            self.progress("comparing weights", len(found), len(pairs))
         return found
+
+    def _closeness(self, pair: Pair) -> Closeness | None:
+        return self.library.closeness(self.source, pair.source, self.target, pair.target)
 
     def carry(
         self,
@@ -66,17 +70,23 @@ class Crossing:
     ) -> Adapter:
         """Run a method at every pair; fills in ``result`` and returns the target's adapter."""
         updates: dict[Site, Update] = {}
-        for index, pair in enumerate(self.paired.pairs):
+        pairs = self.paired.pairs
+
+        def work(pair: Pair) -> tuple[Update, SiteResult] | Refusal:
+            outcome = self._one(used, options, pair)
+            if isinstance(outcome, Refusal):
+                return outcome
+            update = cut(outcome, self.adapter.updates[pair.source].rank, rank, share)
+            return update, self._entry(pair, update, options)
+
+        for done, (pair, outcome) in enumerate(zip(pairs, in_order(work, pairs), strict=True), 1):
             weight = self.share[pair.target]
             result.energy_kept_by_copy += weight * self._by_copy(pair)
-            outcome = self._one(used, options, pair)
-            self.progress(used.name, index + 1, len(self.paired.pairs))
+            self.progress(used.name, done, len(pairs))
             if isinstance(outcome, Refusal):
                 result.sites_refused[str(pair.target)] = outcome.reason
                 continue
-            update = cut(outcome, self.adapter.updates[pair.source].rank, rank, share)
-            updates[pair.target] = update
-            entry = self._entry(pair, update, options)
+            updates[pair.target], entry = outcome
             result.sites.append(entry)
             result.energy_kept += weight * entry.kept
         result.energy_kept = _share(result.energy_kept)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.adapters import Adapter, Spectral, Update, energy
+from regraft.adapters import Adapter, Site, Spectral, Update, energy
 from regraft.bases import Base, open_base
 from regraft.crossing import Crossing, Progress, silent
 from regraft.dialects import load_adapter, write_adapter
@@ -19,6 +19,7 @@ from regraft.files.atomic import check_free
 from regraft.methods import MethodOptions, get_method
 from regraft.methods.choose import Verdict, choose
 from regraft.pairing import Pairing, pair_sites
+from regraft.parallel import in_order, single_threaded
 from regraft.result import TransferResult
 from regraft.subspaces import Dimension, SubspaceLibrary
 from regraft.versions import versions
@@ -27,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 
+@single_threaded()
 def transfer(
     adapter: str | Path,
     *,
@@ -119,7 +121,7 @@ def transfer(
     library = library or SubspaceLibrary(device=device)
     before = library.decompositions
     loaded = load_adapter(adapter, source_base)
-    energies = {s: energy(u.factors()) for s, u in loaded.updates.items()}
+    energies = _energies(loaded)
     total = sum(energies.values())
     if total == 0:
         raise NothingCarried(
@@ -178,6 +180,12 @@ def transfer(
     if report is not None and not dry_run:
         _report(result, Path(report), overwrite)
     return result
+
+
+def _energies(loaded: Adapter) -> dict[Site, float]:
+    """‖ΔW‖² of every site."""
+    found = in_order(lambda update: energy(update.factors()), loaded.updates.values())
+    return dict(zip(loaded.updates, found, strict=True))
 
 
 def _check_options(

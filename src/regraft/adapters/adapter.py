@@ -36,8 +36,6 @@ class Adapter:
         "lora" or "lora-x".
     dialect : str
         How the file it came from names its tensors.
-    naming : str
-        Whose module names a kohya file used: "diffusers" or "ldm".
     prefixed : bool
         Whether a dotted file named the component in front of each module.
     metadata : dict of str to str
@@ -55,7 +53,6 @@ class Adapter:
     updates: dict[Site, Update]
     family: str = "lora"
     dialect: str = "peft"
-    naming: str = "diffusers"
     prefixed: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)

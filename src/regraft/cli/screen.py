@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from regraft.errors import RegraftError
 from regraft.crossing import Progress as Report
+from regraft.errors import RegraftError
 
 #: Terminal control characters: file names and metadata are other people's text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -53,6 +53,8 @@ class Cache:
         self.folder = folder or cache_folder()
         self._lock = threading.Lock()
         self._hashes: dict[str, dict[str, str]] = {}
+        #: id → (file, its key): one stat per opened file, kept alive so that its id stays its own.
+        self._keys: dict[int, tuple[TensorFile, str, float]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(
@@ -81,8 +83,7 @@ class Cache:
 
     def content_hash(self, file: TensorFile, tensor: str) -> str:
         """SHA-256 of one tensor's dtype, shape and bytes, remembered while its file is the same."""
-        stat = file.path.stat()
-        key = f"{file.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        key, modified = self._file_key(file)
         with self._lock:
             if key not in self._hashes:
                 rows = self._db.execute("SELECT tensor, sha FROM content WHERE file=?", (key,))
@@ -96,12 +97,21 @@ class Cache:
         sha = digest.hexdigest()
         with self._lock:
             self._hashes[key][tensor] = sha
-            if time.time() - stat.st_mtime > _SETTLED_AFTER:
+            if time.time() - modified > _SETTLED_AFTER:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute(
                         "INSERT OR REPLACE INTO content VALUES (?, ?, ?)", (key, tensor, sha)
                     )
         return sha
+
+    def _file_key(self, file: TensorFile) -> tuple[str, float]:
+        """What names a file's present content, and when it last changed."""
+        known = self._keys.get(id(file))
+        if known is None:
+            stat = file.path.stat()
+            key = f"{file.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+            known = self._keys[id(file)] = (file, key, stat.st_mtime)
+        return known[1], known[2]
 
     def commit(self) -> None:
         """Make what was remembered so far durable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -50,6 +51,7 @@ class SubspaceLibrary:
     def __init__(self, cache: Cache | None = None, device: str = "auto") -> None:
         self.cache = cache or Cache()
         self.device = pick_device(device)
+        self._counting = threading.Lock()
         #: Decompositions done so far: a warm run does none.
         self.decompositions = 0
 
@@ -76,7 +78,8 @@ class SubspaceLibrary:
         if found is None:
             matrix = base.matrix(site).to(self.device)
             found = decompose(matrix, dimension)
-            self.decompositions += 1
+            with self._counting:
+                self.decompositions += 1
             self.cache.store_subspace(sha, found, dimension)
         return found
 
