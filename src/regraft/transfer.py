@@ -266,6 +266,7 @@ def _empty_result(
             "dialect": loaded.dialect,
             "rank": loaded.rank,
             "sites": len(loaded.updates),
+            "prefixed": loaded.prefixed,
             "sha256": loaded.sha256,
             "trigger_words": loaded.metadata.get("modelspec.trigger_phrase", ""),
         },

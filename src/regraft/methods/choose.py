@@ -93,7 +93,7 @@ def choose(facts: Sequence[PairFacts]) -> Verdict:
         return verdict(
             "don't",
             None,
-            f"The two bases' weights are not related (mean cosine {cosine:.2f}): they were trained "
+            f"The two bases' weights are not related (mean cosine {cosine:.3f}): they were trained "
             "independently, and neither copying nor projecting weights works between such bases.",
         )
     if all(f.identical for f in fitting):
@@ -103,11 +103,11 @@ def choose(facts: Sequence[PairFacts]) -> Verdict:
             "carry",
             "copy",
             "The target has other blocks than the source; each takes the update of the source "
-            f"block it resembles (mean cosine {cosine:.2f}).",
+            f"block it resembles (mean cosine {cosine:.3f}).",
         )
     return verdict(
         "copy",
         "copy",
-        f"The target's weights are still close to the source's (mean cosine {cosine:.2f}, moved by "
+        f"The target's weights are still close to the source's (mean cosine {cosine:.3f}, moved by "
         f"{difference:.0%}); there, projections only remove part of the update.",
     )

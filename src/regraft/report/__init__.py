@@ -1,5 +1,6 @@
 """Report: one self-contained HTML page that shows what carried."""
 
-from regraft.report.page import write_report
+from regraft.report.gallery import Gallery, GalleryRow, Measured
+from regraft.report.page import render_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["Gallery", "GalleryRow", "Measured", "render_report", "write_report"]
