@@ -110,7 +110,11 @@ def transfer(
     started = time.perf_counter()
     torch.manual_seed(seed)
     options = MethodOptions(
-        Dimension.parse(dimension), threshold, tuple(filter_blocks), cross_terms, align
+        dimension=Dimension.parse(dimension),
+        threshold=None if threshold is None else float(threshold),
+        filter_blocks=tuple(filter_blocks),
+        cross_terms=cross_terms,
+        align=align,
     )
     _check_options(method, dialect, rank, rank_energy, dtype, output, dry_run)
     for path in (output, report):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft.compare import compare
 from regraft.crossing import Progress, silent
 from regraft.demo import pair
 from regraft.demo.sampler import attach, denoising_loss, detach, sample
@@ -59,6 +60,8 @@ def run_demo(folder: str | Path = "regraft-demo", *, progress: Progress = silent
     """
     folder = Path(folder)
     library = SubspaceLibrary()
+    # Remembered, so that the page's heat map can show Φ.
+    compare(pair.SOURCE, pair.TARGET, library=library, progress=progress)
     carried = folder / "style-on-v2.safetensors"
     result = transfer(
         pair.ADAPTER,

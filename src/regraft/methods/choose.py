@@ -74,9 +74,9 @@ def choose(facts: Sequence[PairFacts]) -> Verdict:
         One per pair; shares sum to at most 1.
     """
     fitting = [f for f in facts if f.cosine is not None]
-    coverage = sum(f.share for f in fitting)
+    coverage = sum((f.share for f in fitting), 0.0)
     weight = max(coverage, 1e-30)
-    cosine = sum(f.share * (f.cosine or 0.0) for f in fitting) / weight
+    cosine = sum((f.share * (f.cosine or 0.0) for f in fitting), 0.0) / weight
     difference = sum(f.share * min(f.difference or 0.0, 1e6) for f in fitting) / weight
 
     def verdict(word: VerdictWord, method: str | None, why: str) -> Verdict:
