@@ -17,8 +17,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-#: How many threads torch was given at the start; OMP_NUM_THREADS sets it.
-WORKERS = torch.get_num_threads()
+#: Threads torch was given at the start (OMP_NUM_THREADS sets it), but no more than keep memory
+#: small: each worker holds one weight and its decomposition.
+WORKERS = min(torch.get_num_threads(), 8)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def transfer(
     result.method = used.name
     carried = crossing.carry(used, options, rank, rank_energy, result)
     library.cache.commit()
-    if not carried.updates or carried.energy() == 0:
+    if not carried.updates or result.energy_kept == 0:
         reasons = sorted(set(result.sites_refused.values()))[:3]
         raise NothingCarried(
             "Nothing could be carried, so nothing was written: " + "; ".join(reasons) + ".",

@@ -2,7 +2,15 @@
 
 from regraft.adapters.adapter import Adapter, Site
 from regraft.adapters.algebra import compress, energy, inner, rank_for_energy
-from regraft.adapters.update import LowRank, Spectral, Update, delta, matrix_shape, same_matrix
+from regraft.adapters.update import (
+    LowRank,
+    Spectral,
+    Update,
+    balance,
+    delta,
+    matrix_shape,
+    same_matrix,
+)
 
 __all__ = [
     "Adapter",
@@ -10,6 +18,7 @@ __all__ = [
     "Site",
     "Spectral",
     "Update",
+    "balance",
     "compress",
     "delta",
     "energy",

@@ -26,6 +26,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], prod(shape[1:])
 
 
+def balance(
+    left: Float[Tensor, "m r"], right: Float[Tensor, "r n"]
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+    """The same product with equal norms per rank direction.
+
+    It keeps fp16 files away from under- and overflow. A zero direction stays zero.
+    """
+    a, b = left.norm(dim=0), right.norm(dim=1)
+    size = torch.where((a > 0) & (b > 0), a.sqrt() / b.sqrt(), torch.ones_like(a))
+    return left / size, right * size[:, None]
+
+
 @dataclass(frozen=True)
 class LowRank:
     """ΔW = scale · up @ down (LoRA, arXiv 2106.09685).
@@ -71,13 +83,9 @@ class LowRank:
         return self.up.float() * self.scale, self.down.float()
 
     def with_factors(self, left: Tensor, right: Tensor, shape: tuple[int, ...]) -> LowRank:
-        """The same kind of update with other factors, scale 1, balanced norms.
-
-        Balancing (equal norms per rank direction) keeps fp16 files away from under- and overflow.
-        """
-        size = (left.norm(dim=0) / right.norm(dim=1).clamp_min(1e-30)).clamp(1e-30, 1e30).sqrt()
-        size = torch.where(size > 0, size, torch.ones_like(size))
-        return replace(self, up=left / size, down=right * size[:, None], scale=1.0, shape=shape)
+        """The same kind of update with other factors, scale 1, balanced norms."""
+        up, down = balance(left, right)
+        return replace(self, up=up, down=down, scale=1.0, shape=shape)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from regraft.adapters import LowRank, Spectral, Update, same_matrix
+from regraft.adapters import LowRank, Spectral, Update, balance, same_matrix
 from regraft.methods.copy import carry as copy
 from regraft.methods.registry import Refusal, SiteJob, below_threshold, method, shapes_differ
 
@@ -61,17 +61,17 @@ def carry(job: SiteJob) -> Update | Refusal:
         return replace(
             job.update, u=target.ut.mT, core=core, v=target.vt.mT, shape=job.target_shape
         )
-    left, right = job.update.factors()
-    return as_low_rank(job, project(target.ut, left), project(target.vt, right.mT).mT)
+    return _from_coefficients(job, target.ut, target.vt, target.ut, target.vt)
 
 
-def as_low_rank(job: SiteJob, left: Tensor, right: Tensor) -> LowRank:
+def as_low_rank(job: SiteJob, left: Tensor, right: Tensor, *, balanced: bool = False) -> LowRank:
     """left @ right as an update of the target's weight, in the input's layout."""
-    plain = job.update.low_rank() if isinstance(job.update, Spectral) else job.update
-    layout = plain.layout
+    if not balanced:
+        left, right = balance(left, right)
+    layout = job.update.layout
     if layout in ("linear", "conv"):
         layout = "conv" if len(job.target_shape) > 2 else "linear"
-    return replace(plain.with_factors(left, right, job.target_shape), layout=layout)
+    return LowRank(left, right, 1.0, job.target_shape, layout)
 
 
 def _rank_order(job: SiteJob) -> Update | Refusal:
@@ -79,7 +79,17 @@ def _rank_order(job: SiteJob) -> Update | Refusal:
     source = job.library.subspace(job.source, job.source_site, job.options.dimension)
     target = job.library.subspace(job.target, job.target_site, job.options.dimension)
     k = min(source.k, target.k)
+    return _from_coefficients(job, source.ut[:k], source.vt[:k], target.ut[:k], target.vt[:k])
+
+
+def _from_coefficients(
+    job: SiteJob, u_read: Tensor, v_read: Tensor, u_write: Tensor, v_write: Tensor
+) -> LowRank:
+    """Coefficients of ΔW in one pair of bases (rows), put back in another (rows).
+
+    Balancing happens on the coefficients: orthonormal bases keep their norms, and they are smaller.
+    """
     left, right = job.update.factors()
-    left = target.ut[:k].mT @ (source.ut[:k] @ left)
-    right = (right @ source.vt[:k].mT) @ target.vt[:k]
-    return as_low_rank(job, left, right)
+    c_left, c_right = u_read @ left, right @ v_read.mT
+    c_left, c_right = balance(c_left, c_right)
+    return as_low_rank(job, u_write.mT @ c_left, c_right @ v_write, balanced=True)

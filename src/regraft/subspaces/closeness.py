@@ -7,10 +7,14 @@ LoRA-X (arXiv 2501.16559) Eq. 4: Φ_l(W_s, W_t) = ‖U_sᵀ U_t‖²_F / k, and 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import sqrt
 
 from torch import Tensor
 
 from regraft.subspaces.engine import Subspace
+
+#: Entries compared at a time: fp64 copies of a whole wide weight would cost 0.4 GB.
+_SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,20 @@ class Closeness:
 
 
 def closeness(source: Tensor, target: Tensor) -> Closeness:
-    """Compare two weights of the same shape."""
-    a, b = source.flatten().double(), target.flatten().double()
-    size_a, size_b = float(a.norm()), float(b.norm())
+    """Compare two weights of the same shape; sums in fp64, a slice at a time."""
+    dot = size_a = size_b = moved = 0.0
+    a, b = source.flatten(), target.flatten()
+    for start in range(0, a.numel(), _SLICE):
+        x, y = a[start : start + _SLICE].double(), b[start : start + _SLICE].double()
+        dot += float(x @ y)
+        size_a += float(x @ x)
+        size_b += float(y @ y)
+        y -= x
+        moved += float(y @ y)
     if size_a == 0 or size_b == 0:
         # A zero weight has no direction; two of them are the same weight.
         return Closeness(1.0, 0.0) if size_a == size_b else Closeness(0.0, 1.0)
-    return Closeness(float(a @ b) / (size_a * size_b), float((b - a).norm()) / size_a)
+    return Closeness(dot / sqrt(size_a * size_b), sqrt(moved / size_a))
 
 
 def overlap(source: Tensor, target: Tensor) -> float:
