@@ -89,7 +89,7 @@ def transfer(
     device : str
         Where weights are decomposed: "auto", "cpu", "cuda", …
     seed : int
-        Set before any work and recorded. No method of this version draws random numbers.
+        Recorded. No method of this version draws random numbers.
     overwrite, dry_run : bool
     library : SubspaceLibrary, optional
         Share one between calls to share its cache.
@@ -108,7 +108,6 @@ def transfer(
         Any unreadable input, bad option or failed write; see :mod:`regraft.errors`.
     """
     started = time.perf_counter()
-    torch.manual_seed(seed)
     options = MethodOptions(
         dimension=Dimension.parse(dimension),
         threshold=None if threshold is None else float(threshold),
@@ -117,6 +116,8 @@ def transfer(
         align=align,
     )
     _check_options(method, dialect, rank, rank_energy, dtype, output, dry_run)
+    if method != "auto":
+        get_method(method).check(options)
     for path in (output, report):
         if path is not None and not dry_run:
             check_free(Path(path), overwrite=overwrite)
@@ -213,6 +214,10 @@ def _check_options(
         raise BadOption(f"The rank energy {rank_energy} is not in (0, 1].")
     if rank is not None and rank_energy is not None:
         raise BadOption("A rank and a rank energy were both given.", fix="Give one of them.")
+    if dialect == "peft" and str(output).endswith(".safetensors"):
+        raise BadOption(
+            "The peft dialect is a folder.", file=str(output), fix="Name it without .safetensors."
+        )
     named = dialect in ("kohya", "diffusers", "lora-x")
     if named and output is not None and not str(output).endswith(".safetensors") and not dry_run:
         raise BadOption(

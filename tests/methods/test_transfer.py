@@ -155,6 +155,14 @@ def test_provenance_tells_how_to_repeat_it(world):
     assert str(world) not in meta["regraft"]
 
 
+def test_the_callers_random_state_is_left_alone(world):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    run(world, dry_run=True, seed=99)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_dry_run_writes_nothing(world):
     result = run(world, output=world / "o.safetensors", report=world / "p.html", dry_run=True)
     assert result.sites_carried == len(SHAPES)
@@ -221,6 +229,10 @@ def test_values_that_do_not_fit_fp16_are_an_error(world):
         ({"dtype": "int3"}, errors.BadOption),
         ({"dimension": "many"}, errors.BadOption),
         ({"threshold": 2.0}, errors.BadOption),
+        ({"method": "copy", "threshold": 0.5}, errors.BadOption),
+        ({"method": "lora-x", "cross_terms": True}, errors.BadOption),
+        ({"method": "prolora", "align": "rank-order"}, errors.BadOption),
+        ({"dialect": "peft"}, errors.BadOption),
         ({"filter_blocks": ["("]}, errors.BadOption),
         ({"device": "abacus"}, errors.BadOption),
         ({"pairing": "dice", "method": "copy"}, errors.BadOption),

@@ -13,6 +13,7 @@ from torch import Tensor
 from regraft.adapters import Site
 from regraft.errors import NonFiniteTensor
 from regraft.files import TensorFile
+from regraft.files.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Base:
         """
         weight = self.weights[site]
         tensor = weight.file.read(weight.tensor).float()
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise NonFiniteTensor(
                 "A weight of the base holds NaN or infinity.",
                 file=weight.file.path,

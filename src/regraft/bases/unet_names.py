@@ -42,6 +42,24 @@ def _inner(rest: str, table: dict[str, str]) -> str:
     return table.get(rest, rest)
 
 
+def _starts(seen: list[re.Match[str]], side: str) -> dict[int, tuple[int, int]]:
+    """Block → (its first flat number, its layers). A down-sampler takes a number of its own."""
+    layers: dict[int, int] = {}
+    closing: set[int] = set()
+    for match in seen:
+        if match[1] == side:
+            block = int(match[2])
+            inside = match[3] in ("resnets", "attentions")
+            layers[block] = max(layers.get(block, 0), int(match[4]) + 1 if inside else 0)
+            if match[3] == "downsamplers":
+                closing.add(block)
+    starts, position = {}, 0
+    for block in sorted(layers):
+        starts[block] = (position, layers[block])
+        position += layers[block] + (block in closing)
+    return starts
+
+
 def to_ldm(modules: Iterable[str]) -> dict[str, str]:
     """diffusers module name → LDM module name, for the modules of one U-Net.
 
@@ -49,10 +67,7 @@ def to_ldm(modules: Iterable[str]) -> dict[str, str]:
     """
     modules = list(modules)
     seen = [m for m in map(_BLOCK.fullmatch, modules) if m]
-    layers = {
-        side: 1 + max((int(m[4]) for m in seen if m[1] == side and m[3] == "resnets"), default=0)
-        for side in ("down", "up")
-    }
+    starts = {side: _starts(seen, side) for side in ("down", "up")}
     with_attention = {(m[1], m[2]) for m in seen if m[3] == "attentions"}
     names = {}
     for module in modules:
@@ -65,14 +80,15 @@ def to_ldm(modules: Iterable[str]) -> dict[str, str]:
                 names[module] = f"middle_block.{_MIDDLE[f'{part}.{index}']}.{_inner(rest, _RESNET)}"
         elif match := _BLOCK.fullmatch(module):
             side, block, part, index, rest = match.groups()
-            level, j, count = int(block), int(index), layers[side]
+            start, count = starts[side][int(block)]
+            j = int(index)
             if side == "down":
-                flat = 1 + level * (count + 1) + (count if part == "downsamplers" else j)
+                flat = 1 + start + (count if part == "downsamplers" else j)
                 slot = "1" if part == "attentions" else "0"
                 tail = "op" if part == "downsamplers" else _inner(rest, _RESNET)
                 names[module] = f"input_blocks.{flat}.{slot}.{tail}"
             else:
-                flat = level * count + (count - 1 if part == "upsamplers" else j)
+                flat = start + (count - 1 if part == "upsamplers" else j)
                 upper = "2" if (side, block) in with_attention else "1"
                 slot = {"resnets": "0", "attentions": "1", "upsamplers": upper}[part]
                 names[module] = f"output_blocks.{flat}.{slot}.{_inner(rest, _RESNET)}"
@@ -86,11 +102,10 @@ def to_diffusers(modules: Iterable[str]) -> dict[str, str]:
     if not found:
         return {}
     # A block that is only a down-sampling convolution closes its level.
-    closing = sorted(int(m[2]) for m in found if m[1] == "input" and m[4] == "op")
+    closing = {int(m[2]) for m in found if m[1] == "input" and m[4] == "op"}
     place: dict[int, tuple[int, int]] = {}
     level, j = 0, 0
-    last = max((int(m[2]) for m in found if m[1] == "input"), default=0)
-    for flat in range(1, last + 1):
+    for flat in sorted({int(m[2]) for m in found if m[1] == "input"} - {0}):
         if flat in closing:
             place[flat] = (level, -1)
             level, j = level + 1, 0
@@ -109,23 +124,22 @@ def to_diffusers(modules: Iterable[str]) -> dict[str, str]:
             if index in _MIDDLE_BACK:
                 names[module] = f"mid_block.{_MIDDLE_BACK[index]}.{_inner(rest, _RESNET_BACK)}"
         elif match := _LDM_BLOCK.fullmatch(module):
-            side, flat_text, slot, rest = match.groups()
-            flat = int(flat_text)
+            side, number, slot, rest = match.groups()
+            flat = int(number)
             if side == "input":
-                block, index = place[flat]
+                if flat not in place:
+                    continue
+                level, j = place[flat]
                 if rest == "op":
-                    names[module] = f"down_blocks.{block}.downsamplers.0.conv"
+                    names[module] = f"down_blocks.{level}.downsamplers.0.conv"
                     continue
             else:
-                block = sum(flat > o for o in opening)
-                first = opening[block - 1] + 1 if block else 0
-                index = flat - first
+                level = sum(flat > o for o in opening)
+                j = flat - (opening[level - 1] + 1 if level else 0)
                 if rest == "conv" and slot in "12":
-                    names[module] = f"up_blocks.{block}.upsamplers.0.conv"
+                    names[module] = f"up_blocks.{level}.upsamplers.0.conv"
                     continue
             part = "attentions" if slot == "1" else "resnets"
             side_name = "down" if side == "input" else "up"
-            names[module] = (
-                f"{side_name}_blocks.{block}.{part}.{index}.{_inner(rest, _RESNET_BACK)}"
-            )
+            names[module] = f"{side_name}_blocks.{level}.{part}.{j}.{_inner(rest, _RESNET_BACK)}"
     return names

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from regraft.cli.screen import clean, number, percent, print_json, progress, stdout
 from regraft.compare import Comparison, SiteComparison, compare
+from regraft.report.places import split_site
 
 
 def compare_command(
@@ -49,6 +50,12 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _layer(site: str) -> str:
+    """The component and the kind of layer, without the blocks: few enough rows to read."""
+    place = split_site(site)
+    return f"{place.component} {place.kind}".strip()
+
+
 def _show(found: Comparison, every: bool) -> None:
     console = stdout()
     console.print(f"[bold]{clean(found.source['name'])} → {clean(found.target['name'])}[/]")
@@ -56,29 +63,28 @@ def _show(found: Comparison, every: bool) -> None:
     console.print(f"[bold]Verdict: {found.verdict}.[/] {found.why}")
     groups: dict[str, list[SiteComparison]] = defaultdict(list)
     for site in found.sites:
-        groups[site.site if every else site.kind].append(site)
+        groups[site.site if every else _layer(site.site)].append(site)
     names = list(found.keeps)
-    table = Table(box=None, pad_edge=False)
-    for column in ("site" if every else "kind", "n", "cosine", "moved", "Φ_l", "Φ_r", "chance"):
-        table.add_column(column, justify="left" if column in ("site", "kind") else "right")
-    for name in names:
-        table.add_column(f"{name} keeps", justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("site" if every else "layer", overflow="fold")
+    for column in ("n", "cosine", "moved", "Φ_l", "Φ_r", "chance", *names):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, members in groups.items():
         table.add_row(
             clean(name),
             str(len(members)),
             number(_mean([m.cosine for m in members])),
             percent(_mean([m.difference for m in members])),
-            number(_mean([m.phi_left for m in members])),
-            number(_mean([m.phi_right for m in members])),
-            number(_mean([m.chance for m in members])),
+            number(_mean([m.phi_left for m in members]), 2),
+            number(_mean([m.phi_right for m in members]), 2),
+            number(_mean([m.chance for m in members]), 2),
             *[percent(_mean([m.keeps.get(n) for m in members])) for n in names],
         )
     console.print(table)
     if found.keeps:
         console.print(
-            "keeps: share of energy a method keeps of an update without preferred direction, "
-            f"subspace dimension {found.dimension}"
+            f"{', '.join(names)}: the share of energy each keeps of an update without preferred "
+            f"direction, at subspace dimension {found.dimension}. chance: Φ_l of unrelated weights."
         )
     if found.unpaired:
         console.print(f"{len(found.unpaired)} source site(s) have no partner (--json lists them)")

@@ -28,6 +28,8 @@ def inspect_command(
         print_json(facts)
         return
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), _text(value))
     stdout().print(table)

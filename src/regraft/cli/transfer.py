@@ -113,6 +113,8 @@ def _summary(result: TransferResult) -> None:
     console = stdout()
     console.print(f"[bold]Verdict: {result.verdict}.[/] {clean(result.why)}")
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_row("method", result.method)
     table.add_row("sites carried", f"{result.sites_carried}, refused {len(result.sites_refused)}")
     table.add_row(

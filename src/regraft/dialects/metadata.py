@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft.adapters import Adapter
+from regraft.adapters import Adapter, LowRank, Update
 from regraft.bases import Base, architecture
 from regraft.files import data_sha256
 
@@ -72,8 +72,8 @@ def file_metadata(
     return meta
 
 
-def _alpha(update: Any) -> float:
-    return update.rank * getattr(update, "scale", 1.0)
+def _alpha(update: Update) -> float:
+    return update.rank * (update.scale if isinstance(update, LowRank) else 1.0)
 
 
 def _text(number: float) -> str:

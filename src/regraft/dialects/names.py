@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from regraft.errors import SitesNotInBase
 #: The dialects this version writes, with what reads them.
 DIALECTS: dict[str, str] = {
     "peft": "PEFT folder (adapter_config.json + adapter_model.safetensors)",
-    "diffusers": "single .safetensors with diffusers names (also read by ComfyUI)",
+    "diffusers": "single .safetensors with diffusers names (diffusers; ComfyUI for transformers)",
     "kohya": "single .safetensors as kohya sd-scripts writes it (A1111, Forge, ComfyUI)",
     "lora-x": "single .safetensors in LoRA-X form, U ΔΣ Vᵀ (docs/formats.md)",
 }
@@ -26,6 +27,10 @@ SUFFIXES: dict[str, str] = {
     ".lora_B.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
     ".lora_embedding_A": "embedding_a",
     ".lora_embedding_B": "embedding_b",
     ".lora_B.bias": "bias",
@@ -43,13 +48,19 @@ KOHYA_PREFIXES: dict[str, tuple[str, ...]] = {
     "lora_te2_": ("text_encoder_2",),
     "lora_te3_": ("text_encoder_3",),
     "lora_te_": ("text_encoder",),
+    "lycoris_": ("unet", "transformer", ""),
 }
 PEFT_PREFIX = "base_model.model."
+#: diffusers before 0.20 hung the LoRA on the attention's processor.
+_OLD_DIFFUSERS = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(module name, role) of a key, or None if no suffix is known."""
+    if old := _OLD_DIFFUSERS.fullmatch(key):
+        layer = "to_out.0" if old[2] == "to_out" else old[2]
+        return f"{old[1]}.{layer}", old[3]
     for suffix, role in SUFFIXES.items():
         if key.endswith(suffix):
             return key.removesuffix(suffix), role
@@ -75,7 +86,6 @@ class Resolution:
 
     sites: dict[str, Site]
     refused: dict[str, str]
-    naming: str = "diffusers"
     prefixed: bool = False
 
 
@@ -105,11 +115,10 @@ def _wrapped(names: Iterable[str], known: dict[str, Site], join: str) -> dict[st
 
 def _tables(
     base: Base,
-) -> tuple[dict[str, dict[str, Site]], dict[str, dict[str, set[Site]]], set[str]]:
-    """Per component: dotted names, flattened names (with every site they could mean), LDM names."""
+) -> tuple[dict[str, dict[str, Site]], dict[str, dict[str, set[Site]]]]:
+    """Per component: dotted names, and flattened names with every site they could mean."""
     dotted: dict[str, dict[str, Site]] = {}
     flat: dict[str, dict[str, set[Site]]] = {}
-    ldm_flat: set[str] = set()
     for component in base.components:
         sites = [s for s in base.weights if s.component == component]
         ldm = to_ldm(s.module for s in sites) if component == "unet" else {}
@@ -119,12 +128,11 @@ def _tables(
             names = {site.module, base.weights[site].native}
             if site.module in ldm:
                 names.add(ldm[site.module])
-                ldm_flat.add(flatten(ldm[site.module]))
             for name in names:
                 table[name] = site
                 flats.setdefault(flatten(name), set()).add(site)
         dotted[component], flat[component] = table, flats
-    return dotted, flat, ldm_flat
+    return dotted, flat
 
 
 def resolve_kohya(names: Iterable[str], base: Base, file: str) -> Resolution:
@@ -135,17 +143,19 @@ def resolve_kohya(names: Iterable[str], base: Base, file: str) -> Resolution:
     SitesNotInBase
         The base has the component but not the module, or two modules flatten to the same name.
     """
-    _, tables, ldm_flat = _tables(base)
+    _, tables = _tables(base)
     result = Resolution({}, {})
     missing: dict[str, list[tuple[str, str]]] = {}
-    used: list[str] = []
     for name in names:
         split = split_kohya(name)
         if split is None:
             raise SitesNotInBase(
-                "A module name has no prefix that kohya files use.", file=file, tensor=name
+                "A module name has no prefix that kohya files use.",
+                file=file,
+                tensor=name,
+                fix=f"Known prefixes: {', '.join(KOHYA_PREFIXES)}.",
             )
-        prefix, components, flat = split
+        _, components, flat = split
         present = [c for c in components if c in tables]
         if not present:
             wanted = components[0] or "model"
@@ -154,13 +164,14 @@ def resolve_kohya(names: Iterable[str], base: Base, file: str) -> Resolution:
         found = tables[present[0]].get(flat, set())
         if len(found) > 1:
             raise SitesNotInBase(
-                f"Two modules of the base flatten to this name: {', '.join(map(str, found))}.",
+                "Two modules of the base flatten to this name: "
+                f"{', '.join(sorted(map(str, found)))}.",
                 file=file,
                 tensor=name,
+                fix="Save the adapter with dotted names (PEFT or diffusers) instead.",
             )
         if found:
             result.sites[name] = next(iter(found))
-            used.append(flat)
         else:
             missing.setdefault(present[0], []).append((name, flat))
     for component, pairs in missing.items():
@@ -170,8 +181,6 @@ def resolve_kohya(names: Iterable[str], base: Base, file: str) -> Resolution:
             if flat in found_wrapped:
                 result.sites[name] = found_wrapped[flat]
     _all_found([n for pairs in missing.values() for n, _ in pairs], result.sites, base, file)
-    if used and all(flat in ldm_flat for flat in used if not flat.startswith("text_model")):
-        result.naming = "ldm"
     return result
 
 
@@ -182,7 +191,7 @@ def resolve_dotted(names: Iterable[str], base: Base, file: str) -> Resolution:
     ------
     SitesNotInBase
     """
-    tables, _, _ = _tables(base)
+    tables, _ = _tables(base)
     result = Resolution({}, {})
     missing: list[str] = []
     order = sorted(tables, key=lambda c: (c not in ("", "unet", "transformer"), c))
@@ -193,6 +202,13 @@ def resolve_dotted(names: Iterable[str], base: Base, file: str) -> Resolution:
             result.prefixed = True
             continue
         plain = [tables[c][name] for c in order if name in tables[c]]
+        if len(plain) > 1 and plain[0].component.startswith("text_encoder"):
+            raise SitesNotInBase(
+                f"This module could be any of {', '.join(map(str, plain))}.",
+                file=file,
+                tensor=name,
+                fix="Give the folder of the one text encoder this adapter was trained on.",
+            )
         if plain:
             result.sites[name] = plain[0]
         elif first in _COMPONENTS and first not in tables and "" not in tables:
@@ -201,14 +217,13 @@ def resolve_dotted(names: Iterable[str], base: Base, file: str) -> Resolution:
         else:
             missing.append(name)
     for component in order:
+        inside = f"{component}."
+        own = [n.removeprefix(inside) for n in missing if n.startswith(inside)]
+        found = _wrapped(own, tables[component], ".")
+        result.sites |= {inside + n: s for n, s in found.items()}
+        result.prefixed |= bool(found)
         left = [n for n in missing if n not in result.sites]
-        inside = f"{component}." if component else ""
-        if component and all(n.startswith(inside) for n in left):
-            found = _wrapped([n.removeprefix(inside) for n in left], tables[component], ".")
-            result.sites |= {inside + n: s for n, s in found.items()}
-            result.prefixed |= bool(found)
-        else:
-            result.sites |= _wrapped(left, tables[component], ".")
+        result.sites |= _wrapped(left, tables[component], ".")
     _all_found(missing, result.sites, base, file)
     return result
 

@@ -17,11 +17,14 @@ from regraft.errors import MalformedFile
 
 
 def pattern_value(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the whole name or its dotted end."""
+    """PEFT's rule: the first key that matches the whole name or its dotted end.
+
+    Keys are regular expressions, so they come from the file; a name is at most 1,024 characters.
+    """
     for key, value in patterns.items():
-        if key == module or re.match(rf"(.*\.)?({key})$", module):
+        if re.match(rf"(.*\.)?({key})$", module):
             return value
-    return default
+    return patterns.get(module, default)
 
 
 def component_config(config: dict[str, Any], component: str) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def config_scale(config: dict[str, Any], module: str, rank: int, file: str) -> f
             config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank)
         )
         said, alpha = int(said), float(alpha)
-    except (TypeError, ValueError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise MalformedFile(
             f"The adapter's config gives no usable rank and alpha for {module} ({error}).",
             file=file,

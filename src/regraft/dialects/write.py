@@ -1,6 +1,7 @@
 """Writing an adapter: one writer per dialect, each right at strength 1.0.
 
-* kohya: alpha is written for every module, as scale · rank.
+* kohya: every module has its alpha, the same in the whole file; the rest of its scale is folded
+  into ``lora_up``.
 * PEFT: ``lora_alpha`` and ``alpha_pattern`` carry the scale.
 * diffusers: readers outside diffusers ignore its metadata, so the scale is folded into ``lora_B``.
 """
@@ -8,8 +9,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from regraft.dialects.metadata import file_metadata, model_card
 from regraft.dialects.names import DIALECTS, PEFT_PREFIX, flatten
 from regraft.errors import BadOption, OutputFailed
 from regraft.files import atomic_file, atomic_folder, serialize
+from regraft.files.finite import is_finite
 
 Tensors = dict[str, Tensor]
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -104,7 +107,7 @@ def low_rank(update: Update) -> LowRank:
 
 def _check_range(tensors: Tensors, dtype: torch.dtype, out: Path) -> None:
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise OutputFailed(
                 f"A factor does not fit {str(dtype).removeprefix('torch.')}.",
                 file=out,
@@ -115,7 +118,8 @@ def _check_range(tensors: Tensors, dtype: torch.dtype, out: Path) -> None:
 
 def _pair(update: LowRank) -> tuple[Tensor, Tensor]:
     """(A, B) in the shape files use for this layout, before any cast."""
-    if update.layout == "conv":
+    if len(update.shape) > 2:
+        # Whatever the source was: a linear update may have come to a 1×1 convolution.
         ones = [1] * (len(update.shape) - 2)
         a = update.down.reshape(update.rank, *update.shape[1:])
         return a, update.up.reshape(*update.up.shape, *ones)
@@ -141,9 +145,9 @@ def kohya_names(adapter: Adapter, target: Base) -> dict[Site, str]:
         "text_encoder_3": "lora_te3_",
     }
     ldm: dict[str, str] = {}
-    # SDXL's readers expect the original block names; for SD 1.x and 2.x they expect diffusers'.
-    sdxl = any(s.module.startswith("add_embedding.") for s in target.weights)
-    if adapter.naming == "ldm" or (adapter.dialect != "kohya" and sdxl):
+    # SDXL's readers expect the original block names; for SD 1.x and 2.x they expect diffusers',
+    # whatever the input used.
+    if any(s.module.startswith("add_embedding.") for s in target.weights):
         ldm = to_ldm(s.module for s in target.weights if s.component == "unet")
     names = {}
     for site in adapter.updates:
@@ -158,15 +162,22 @@ def kohya_names(adapter: Adapter, target: Base) -> dict[Site, str]:
 
 
 def _kohya(adapter: Adapter, target: Base, dtype: torch.dtype) -> Tensors:
+    plain = {s: low_rank(u) for s, u in adapter.updates.items()}
+    # diffusers loses the alpha of attention layers unless the whole file has the same one.
+    alphas = Counter(u.scale * u.rank for u in plain.values() if u.scale)
+    alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     tensors: Tensors = {}
     for site, name in kohya_names(adapter, target).items():
-        update = low_rank(adapter.updates[site])
+        update = plain[site]
         if update.layout in ("transposed", "embedding"):
             raise BadOption(f"kohya files cannot hold {site}.", fix="Write it with --dialect peft.")
         down, up = _pair(update)
+        own = update.scale * update.rank
         tensors[f"{name}.lora_down.weight"] = down.to(dtype)
-        tensors[f"{name}.lora_up.weight"] = up.to(dtype)
-        tensors[f"{name}.alpha"] = torch.tensor(update.scale * update.rank, dtype=torch.float32)
+        tensors[f"{name}.lora_up.weight"] = (
+            up.to(dtype) if own == alpha else (up.float() * (own / alpha)).to(dtype)
+        )
+        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
 
@@ -216,9 +227,20 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
+def _key(module: str, modules: Iterable[str]) -> str:
+    """The pattern key of a module; PEFT lets a key match the end of a longer name, too."""
+    longer = any(other.endswith(f".{module}") for other in modules)
+    return f"^{re.escape(module)}" if longer else module
+
+
 def _peft_config(adapter: Adapter, target: Base) -> dict[str, Any]:
     plain = {s.module: low_rank(u) for s, u in sorted(adapter.updates.items())}
     rank, alpha = Counter((u.rank, u.scale * u.rank) for u in plain.values()).most_common(1)[0][0]
+    others = [s.module for s in target.weights if s.module not in plain]
+    # PEFT takes a name in the list for the end of any module's name; where that would catch more
+    # than is meant, a regular expression says it exactly.
+    exact = not any(o.endswith(f".{m}") for m in plain for o in others)
+    modules = sorted(plain) if exact else "|".join(re.escape(m) for m in sorted(plain))
     kept = {k: adapter.config[k] for k in _KEPT if adapter.config.get(k) is not None}
     return {
         "task_type": None,
@@ -229,11 +251,13 @@ def _peft_config(adapter: Adapter, target: Base) -> dict[str, Any]:
         "revision": target.revision,
         "r": rank,
         "lora_alpha": _number(alpha),
-        "rank_pattern": {m: u.rank for m, u in plain.items() if u.rank != rank},
+        "rank_pattern": {_key(m, plain): u.rank for m, u in plain.items() if u.rank != rank},
         "alpha_pattern": {
-            m: _number(u.scale * u.rank) for m, u in plain.items() if u.scale * u.rank != alpha
+            _key(m, plain): _number(u.scale * u.rank)
+            for m, u in plain.items()
+            if u.scale * u.rank != alpha
         },
-        "target_modules": sorted(plain),
+        "target_modules": modules,
         "fan_in_fan_out": any(u.layout == "transposed" for u in plain.values()),
         "use_rslora": False,
         "use_dora": False,

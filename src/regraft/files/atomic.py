@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,9 +28,32 @@ def _sync_folder(folder: Path) -> None:
         _sync(folder)
 
 
+def _failed(path: Path, error: OSError) -> OutputFailed:
+    return OutputFailed(
+        f"The output could not be written: {error.strerror or error}.",
+        file=path,
+        fix="Check the path, free space and permissions.",
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`OutputExists` if ``path`` is taken and ``overwrite`` is false."""
-    if path.exists() and not overwrite:
+    """Raise :class:`OutputExists` if ``path`` is taken and ``overwrite`` is false.
+
+    Raises :class:`OutputFailed` if it is no possible path (too long, a NUL in it).
+    """
+    if "\0" in str(path):
+        raise OutputFailed("The output's path holds a NUL.", file=path, fix="Choose another name.")
+    try:
+        taken = path.exists()
+    except OSError as error:
+        raise _failed(path, error) from error
+    if taken and not overwrite:
         raise OutputExists(
             "The output already exists.", file=path, fix="Choose another name or pass --overwrite."
         )
@@ -52,26 +77,49 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
+        descriptor, name = tempfile.mkstemp(
+            prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent
+        )
         temporary = Path(name)
+        os.close(descriptor)
         yield temporary
         # mkstemp makes private files; give the output the mode any new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         _sync(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputFailed(
-            f"The output could not be written: {error.strerror or error}.",
-            file=path,
-            fix="Check free space and permissions.",
-        ) from error
+        raise _failed(path, error) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, where the system can (Linux); say whether it did."""
+    if sys.platform != "linux":
+        return False
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
+def _swap_in(temporary: Path, path: Path) -> None:
+    """Put ``temporary`` where ``path`` is; the old folder is put back if that fails."""
+    if _exchange(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)  # the old one, now under the other name
+        return
+    retired = temporary.with_suffix(".old")
+    os.replace(path, retired)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(retired, path)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -82,44 +130,50 @@ def atomic_folder(
 
     An existing folder is replaced only if ``overwrite`` is true and it holds nothing but files
     named in ``replaceable``: other people's files are never deleted.
+
+    Raises
+    ------
+    OutputExists
+        ``path`` exists and ``overwrite`` is false, it is a file, or it holds other files.
+    OutputFailed
+        The system refused to write. What was there before is there still.
     """
     path = Path(path)
     check_free(path, overwrite=overwrite)
-    if path.exists():
-        if not path.is_dir():
-            raise OutputExists("The output is a file.", file=path, fix="Name a folder.")
-        foreign = sorted({p.name for p in path.iterdir()} - set(replaceable))
-        if foreign:
-            raise OutputExists(
-                f"The output folder holds other files ({', '.join(foreign[:5])}).",
-                file=path,
-                fix="Name a new folder.",
-            )
     temporary: Path | None = None
     try:
+        if path.exists():
+            if not path.is_dir():
+                raise OutputExists("The output is a file.", file=path, fix="Name a folder.")
+            _only(path, replaceable)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        name = path.resolve().name[:40]
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=path.parent))
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        temporary.chmod(0o777 & ~_umask())
         for file in temporary.iterdir():
             _sync(file)
         _sync_folder(temporary)
         if path.exists():
-            retired = temporary.with_suffix(".old")
-            os.replace(path, retired)
-            os.replace(temporary, path)
-            shutil.rmtree(retired)
+            _only(path, replaceable)  # again: the block may have run for an hour
+            _swap_in(temporary, path)
         else:
             os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise OutputFailed(
-            f"The output could not be written: {error.strerror or error}.",
-            file=path,
-            fix="Check free space and permissions.",
-        ) from error
+        raise _failed(path, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _only(folder: Path, replaceable: Iterable[str]) -> None:
+    foreign = sorted(
+        {p.name for p in folder.iterdir() if p.name not in set(replaceable) or p.is_dir()}
+    )
+    if foreign:
+        raise OutputExists(
+            f"The output folder holds other files ({', '.join(foreign[:5])}).",
+            file=folder,
+            fix="Name a new folder.",
+        )

@@ -21,11 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regraft.errors import InputNotFound, MalformedFile, NonFiniteTensor, PickleRefused
+from regraft.files.finite import is_finite
 
 #: Limits: the first is the safetensors crate's own, the others are far above any real file.
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
 MAX_NAME = 1_024
+MAX_DIMENSIONS = 16
+MAX_NUMEL = 1 << 60
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -95,18 +98,24 @@ class TensorFile(Mapping[str, TensorInfo]):
 
     def __init__(self, path: str | os.PathLike[str], *, trusted: bool = False) -> None:
         self.path = Path(path)
+        self._parts: dict[str, TensorInfo] = {}
         if not self.path.is_file():
             raise InputNotFound("No such file.", file=self.path, fix="Check the path.")
-        self.metadata, self._tensors = self._parse()
+        try:
+            self.metadata, self._tensors = self._parse()
+        except OSError as error:
+            raise self._unreadable(error) from error
         if not trusted:
             try:
-                with safe_open(str(self.path), framework="pt"):
+                # "np" maps the file read-only; "pt" asks the system to set its whole size aside,
+                # which fails for checkpoints larger than memory.
+                with safe_open(str(self.path), framework="np"):
                     pass
             except (SafetensorError, OSError) as error:
                 raise self._bad(str(error)) from error
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._tensors[name]
+        return self._tensors[name] if name in self._tensors else self._parts[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -122,16 +131,22 @@ class TensorFile(Mapping[str, TensorInfo]):
             fix="Download it again, or save it again with the safetensors library.",
         )
 
+    def _unreadable(self, error: OSError) -> InputNotFound:
+        return InputNotFound(
+            f"The file cannot be read: {error.strerror or error}.",
+            file=self.path,
+            fix="Check its permissions and the disk.",
+        )
+
     def _parse(self) -> tuple[dict[str, str], dict[str, TensorInfo]]:
         size = self.path.stat().st_size
         with open(self.path, "rb") as stream:
-            head = stream.read(8)
-            if head[:4] == b"PK\x03\x04" or (
-                head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"
-            ):
-                # A pickle's or zip's first bytes can never be a plausible header length.
-                if int.from_bytes(head, "little") > size:
-                    refuse_pickle(self.path)
+            head, after = stream.read(8), stream.read(1)
+            zipped = head[:4] == b"PK\x03\x04"
+            pickled = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+            # Those bytes could also be a header's length, but then a "{" follows them.
+            if (zipped or pickled) and after != b"{":
+                refuse_pickle(self.path)
             if len(head) < 8:
                 raise self._bad("it is shorter than 8 bytes")
             length = int.from_bytes(head, "little")
@@ -139,11 +154,13 @@ class TensorFile(Mapping[str, TensorInfo]):
                 raise self._bad(f"its header claims {length} bytes (limit {MAX_HEADER})")
             if length > size - 8:
                 raise self._bad(f"its header claims {length} bytes, the file has {size - 8}")
+            stream.seek(8)
             raw = stream.read(length)
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise self._bad(f"its header is not clean JSON ({error})") from error
+            reason = str(error).splitlines()[0][:200]
+            raise self._bad(f"its header is not clean JSON ({reason})") from error
         if not isinstance(header, dict):
             raise self._bad("its header is not a JSON object")
         metadata = header.pop("__metadata__", {})
@@ -168,7 +185,7 @@ class TensorFile(Mapping[str, TensorInfo]):
             raise self._bad("a tensor's name is too long", name[:80])
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise self._bad("a header entry lacks dtype, shape or data_offsets", name)
-        if entry["dtype"] not in DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
             raise self._bad(f"dtype {str(entry['dtype'])[:20]!r} is not known", name)
         dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
 
@@ -177,6 +194,8 @@ class TensorFile(Mapping[str, TensorInfo]):
 
         if not isinstance(shape, list) or not all(natural(n) for n in shape):
             raise self._bad("a shape is not a list of sizes", name)
+        if len(shape) > MAX_DIMENSIONS or prod(max(n, 1) for n in shape) > MAX_NUMEL:
+            raise self._bad("a shape is beyond any real tensor", name)
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
             raise self._bad("data_offsets are not two positions", name)
         start, end = offsets
@@ -184,18 +203,38 @@ class TensorFile(Mapping[str, TensorInfo]):
             raise self._bad("a tensor's bytes do not fit its shape", name)
         return TensorInfo(name, dtype, tuple(shape), data + start, data + end)
 
+    def rows_of(self, name: str, first: int, last: int) -> str:
+        """A name under which rows ``first`` to ``last`` of a tensor can be read as one of its own.
+
+        It is not listed among the file's tensors; fused weights need it.
+        """
+        info = self._tensors[name]
+        row = prod(info.shape[1:]) * info.dtype.itemsize
+        alias = f"{name}[{first}:{last}]"
+        self._parts[alias] = TensorInfo(
+            alias,
+            info.dtype,
+            (last - first, *info.shape[1:]),
+            info.start + first * row,
+            info.start + last * row,
+        )
+        return alias
+
     def read_bytes(self, name: str, length: int | None = None) -> bytearray:
         """The tensor's raw bytes, or the first ``length`` of them."""
-        info = self._tensors[name]
+        info = self[name]
         buffer = bytearray(info.end - info.start if length is None else length)
         view, done = memoryview(buffer), 0
-        with open(self.path, "rb", buffering=0) as stream:
-            stream.seek(info.start)
-            while done < len(buffer):
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise self._bad("it became shorter while being read", name)
-                done += count
+        try:
+            with open(self.path, "rb", buffering=0) as stream:
+                stream.seek(info.start)
+                while done < len(buffer):
+                    count = stream.readinto(view[done:])
+                    if not count:
+                        raise self._bad("it became shorter while being read", name)
+                    done += count
+        except OSError as error:
+            raise self._unreadable(error) from error
         return buffer
 
     def read(self, name: str, *, rows: int | None = None, finite: bool = False) -> Tensor:
@@ -206,14 +245,14 @@ class TensorFile(Mapping[str, TensorInfo]):
         NonFiniteTensor
             ``finite`` is true and the tensor holds NaN or infinity.
         """
-        info = self._tensors[name]
+        info = self[name]
         shape = info.shape if rows is None else (rows, *info.shape[1:])
         if prod(shape) == 0:
             tensor = torch.empty(shape, dtype=info.dtype)
         else:
             raw = self.read_bytes(name, prod(shape) * info.dtype.itemsize)
             tensor = torch.frombuffer(raw, dtype=info.dtype).reshape(shape)
-        if finite and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        if finite and not is_finite(tensor):
             raise NonFiniteTensor(
                 "A tensor holds NaN or infinity.",
                 file=self.path,

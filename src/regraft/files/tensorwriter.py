@@ -1,8 +1,8 @@
 """Writing ``.safetensors`` with the same bytes for the same content, always.
 
 The safetensors library writes metadata in random order, so equal content gives different files.
-Here the header is canonical: tensors by falling alignment then name (the library's own order),
-metadata by key, padded with spaces to a multiple of 8.
+Here the header is canonical: tensors in the library's own order (its dtypes from wide to narrow,
+then names), metadata by key, padded with spaces to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -15,18 +15,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regraft.errors import BadOption
 from regraft.files.tensorfile import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: The safetensors library sorts dtypes so; sorting alike makes its files and ours the same bytes.
+_ORDER = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
+_ORDER += ["F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise BadOption(f"safetensors files cannot hold {tensor.dtype}.", tensor=name)
+    return sorted(
+        tensors.items(), key=lambda item: (_ORDER.index(_NAMES[item[1].dtype]), item[0].encode())
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    if tensor.numel() == 0:
+        return memoryview(b"")  # torch cannot view it as bytes
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def data_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -41,7 +52,14 @@ def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     """Write ``tensors`` to ``path`` and return the SHA-256 of the whole file.
 
     Not atomic by itself: call it inside :func:`regraft.files.atomic_file`.
+
+    Raises
+    ------
+    BadOption
+        A dtype that the format lacks, or a tensor called ``__metadata__``.
     """
+    if "__metadata__" in tensors:
+        raise BadOption("A tensor cannot be called __metadata__.", tensor="__metadata__")
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))

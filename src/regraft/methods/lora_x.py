@@ -42,6 +42,7 @@ def project(rows: Tensor, x: Tensor) -> Tensor:
     never_gains=True,
     default_threshold=0.0,
     keeps=lambda phi_l, phi_r, rho_l, rho_r, options: rho_l * rho_r,
+    uses=("threshold", "align"),
 )
 def carry(job: SiteJob) -> Update | Refusal:
     """Eq. 3 on the factors; an adapter in LoRA-X form stays in it, in the target's bases."""

@@ -11,7 +11,7 @@ With P_s = U_s U_sᵀ, R_s = V_s V_sᵀ of the source, P_t, R_t of the target, a
 As published, the cross terms P ΔW S and Q ΔW R are dropped: with ρ = k/d a ΔW without preferred
 direction keeps ρ² + (1 − ρ)² of its energy even between identical bases, at worst one half.
 ``cross_terms=True`` keeps them: ΔW_t = (P_t P_s + Q_t Q_s) ΔW_s (R_s R_t + S_s S_t).
-Sites with min(Φ_l, Φ_r) below 0.8 are left out, as in the paper.
+Sites with min(Φ_l, Φ_r) below 0.8 are left out, as notes on the paper say.
 
 The null-space bases are never formed: Q x = x − P x.
 """
@@ -33,7 +33,7 @@ from regraft.methods.registry import (
     shapes_differ,
 )
 
-#: The paper's limit on Φ.
+#: From notes on the paper; whether it is meant for Φ or for the effective rank is unclear.
 THRESHOLD = 0.8
 
 
@@ -63,6 +63,7 @@ def _split(source: Tensor, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     never_gains=True,
     default_threshold=THRESHOLD,
     keeps=_keeps,
+    uses=("threshold", "cross_terms"),
 )
 def carry(job: SiteJob) -> Update | Refusal:
     """The two parts side by side (rank 2r), or with cross terms one product of rank r."""

@@ -102,6 +102,8 @@ class Method:
         Smallest Φ when the user gives none.
     keeps : function of (Φ_l, Φ_r, k_l/m, k_r/n, options) or None
         Expected share of energy kept for a ΔW with no preferred direction.
+    uses : tuple of str
+        The options of its own, beside the shared dimension and filter.
     """
 
     name: str
@@ -115,6 +117,18 @@ class Method:
     never_gains: bool
     default_threshold: float
     keeps: Callable[[float, float, float, float, MethodOptions], float]
+    uses: tuple[str, ...] = ()
+
+    def check(self, options: MethodOptions) -> None:
+        """Raise :class:`BadOption` for an option this method would ignore."""
+        plain = MethodOptions()
+        for name in ("threshold", "cross_terms", "align"):
+            if name not in self.uses and getattr(options, name) != getattr(plain, name):
+                users = [m.name for m in methods() if name in m.uses]
+                raise BadOption(
+                    f"The method {self.name} has no option {name.replace('_', '-')}.",
+                    fix=f"It belongs to {' and '.join(users)}.",
+                )
 
     def describe(self) -> dict[str, Any]:
         """JSON form for ``regraft methods``."""

@@ -17,7 +17,7 @@ from regraft.subspaces.engine import ENGINE, Dimension, Subspace, decompose
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` → CUDA, MPS or CPU, whichever is there; otherwise what was named.
+    """``auto`` → CUDA if it is there, else the CPU; otherwise what was named.
 
     Raises
     ------

@@ -1,0 +1,234 @@
+"""Adapters of other families, and keys that fit nothing: named, never dropped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from regraft.dialects import inspect_file, load_adapter
+from regraft.dialects.inspect import kind_of_name
+from regraft.errors import (
+    FamilyNotYet,
+    InputNotFound,
+    MalformedFile,
+    NonFiniteTensor,
+    NotAnAdapter,
+    PickleRefused,
+    UnknownKeys,
+)
+from tests.dialects.loaders import random_adapter, write
+from tests.factories import UNET_3X3, UNET_LINEAR
+
+K = "lora_unet_mid_block_attentions_0_proj_in"
+P = "base_model.model.model.layers.0.self_attn.q_proj"
+PAIR = (f"{K}.lora_down.weight", f"{K}.lora_up.weight")
+FAMILIES = [
+    ("DoRA", (*PAIR, f"{K}.dora_scale")),
+    ("DoRA", (f"{P}.lora_A.weight", f"{P}.lora_B.weight", f"{P}.lora_magnitude_vector")),
+    ("DoRA", (f"{P}.lora_A.weight", f"{P}.lora_B.weight", f"{P}.lora_magnitude_vector.weight")),
+    ("DoRA", ("unet.x.lora_A.weight", "unet.x.lora_B.weight", "unet.x.magnitude")),
+    ("LoHa", (f"{K}.hada_w1_a", f"{K}.hada_w1_b", f"{K}.hada_w2_a", f"{K}.hada_w2_b")),
+    ("LoKr", (f"{K}.lokr_w1", f"{K}.lokr_w2_a", f"{K}.lokr_w2_b", f"{K}.alpha")),
+    ("Tucker", (*PAIR, f"{K}.lora_mid.weight")),
+    ("OFT", (f"{K}.oft_blocks", f"{K}.alpha")),
+    ("OFT", (f"{P}.oft_R.weight",)),
+    ("full difference", (f"{K}.diff",)),
+    ("full difference", (*PAIR, f"{K}.diff_b")),
+    ("full difference", (f"{K}.w_norm", f"{K}.b_norm")),
+    ("IA", (f"{P}.ia3_l",)),
+    ("IA", (f"{K}.weight", f"{K}.on_input")),
+    ("GLoRA", (f"{K}.a1.weight", f"{K}.b1.weight")),
+    ("VeRA", (f"{P}.vera_lambda_b", f"{P}.vera_lambda_d")),
+    ("T-LoRA", (f"{K}.q_layer.weight", f"{K}.p_layer.weight", f"{K}.lambda_layer")),
+    ("SVDiff", ("mid_block.attentions.0.proj_in.delta", "conv_in.delta")),
+    ("textual inversion", ("emb_params",)),
+    ("textual inversion", ("clip_l", "clip_g")),
+    ("textual inversion", ("<my-cat>",)),
+    ("textual inversion", ("mycat",)),
+    ("prompt", ("prompt_embeddings",)),
+    ("prompt", ("base_model.prompt_encoder.default.embedding.weight",)),
+    ("Fourier", (f"{P}.fourierft_spectrum",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "keys"), FAMILIES)
+def test_another_family_is_named(family, keys, tmp_path):
+    save_file({k: torch.ones(4, 768) for k in keys}, tmp_path / "a.safetensors")
+    for call in (inspect_file, lambda path: load_adapter(path, None)):
+        with pytest.raises(FamilyNotYet, match="not read yet") as caught:
+            call(tmp_path / "a.safetensors")
+        assert family in str(caught.value)
+        assert caught.value.tensor in keys
+        assert "LoRA" in caught.value.fix
+
+
+def peft_folder(folder, config, keys=(f"{P}.lora_A.weight", f"{P}.lora_B.weight")):
+    folder.mkdir()
+    save_file({k: torch.ones(4, 4) for k in keys}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+CONFIGS = [
+    *[(t, {"peft_type": t}) for t in ("LOHA", "LOKR", "OFT", "IA3", "ADALORA", "PROMPT_TUNING",
+                                      "PREFIX_TUNING", "VERA", "FOURIERFT", "SOMETHING_NEW")],
+    ("DoRA", {"use_dora": True}),
+    ("pissa", {"init_lora_weights": "pissa_niter_4"}),
+    ("olora", {"init_lora_weights": "olora"}),
+    ("corda", {"init_lora_weights": "corda"}),
+    ("lora_ga", {"init_lora_weights": "lora_ga"}),
+    ("loftq", {"init_lora_weights": "loftq"}),
+    ("QA-LoRA", {"use_qalora": True}),
+    ("block-diagonal", {"use_bdlora": {"x": 1}}),
+    ("activated", {"alora_invocation_tokens": [1]}),
+    ("replication", {"layer_replication": [[0, 1]]}),
+    ("bare parameters", {"target_parameters": ["experts.w"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "config"), CONFIGS, ids=[c[0] for c in CONFIGS])
+def test_a_config_of_another_family_is_named(family, config, tmp_path):
+    folder = peft_folder(tmp_path / "a", {"peft_type": "LORA", "r": 4, **config})
+    with pytest.raises(FamilyNotYet, match=family) as caught:
+        inspect_file(folder)
+    assert caught.value.file == str(folder / "adapter_config.json")
+    # diffusers keeps the same settings in a file's metadata.
+    if "peft_type" not in config:
+        meta = json.dumps({f"unet.{k}": v for k, v in {"r": 4, **config}.items()})
+        state = {f"unet.x.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+        save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": meta})
+        with pytest.raises(FamilyNotYet, match=family):
+            inspect_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_alone_are_read(start, tmp_path):
+    config = {"peft_type": "LORA", "r": 4, "init_lora_weights": start}
+    assert inspect_file(peft_folder(tmp_path / "a", config))["sites"] == 1
+
+
+@pytest.mark.parametrize("extra", ["mystery", f"{K}.lora_extra", f"{K}.lora_down.bias", f"{P}.w"])
+def test_unknown_keys_are_an_error(extra, tmp_path):
+    save_file({k: torch.ones(4, 4) for k in (*PAIR, extra)}, tmp_path / "a.safetensors")
+    with pytest.raises(UnknownKeys, match="1 tensor") as caught:
+        inspect_file(tmp_path / "a.safetensors")
+    assert extra in str(caught.value)
+
+
+def test_unknown_keys_of_a_peft_folder_are_an_error(tmp_path):
+    keys = (f"{P}.lora_A.weight", f"{P}.lora_B.weight", f"{P}.weight")
+    folder = peft_folder(tmp_path / "a", {"peft_type": "LORA", "r": 4}, keys)
+    with pytest.raises(UnknownKeys, match=r"q_proj\.weight"):
+        inspect_file(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (PAIR[:1], "lacks up"),
+        (PAIR[1:], "lacks down"),
+        ((*PAIR, "lora_unet_x.alpha"), "lacks its factors"),
+        ((f"{P}.lora_embedding_A",), "lacks embedding_b"),
+        (("x.lora_x_U", "x.lora_x_S"), "lacks v"),
+        ((*PAIR, f"{K}.lora_A.weight"), "two tensors"),
+        (("x.lora_A.weight", "x.lora_B.weight", "x.lora_x_U"), "do not belong"),
+        ((*PAIR, "x.lora_x_U", "x.lora_x_S", "x.lora_x_V"), "some LoRA-X"),
+    ],
+)
+def test_incomplete_modules(keys, says, tmp_path):
+    save_file({k: torch.ones(4, 4) for k in keys}, tmp_path / "a.safetensors")
+    with pytest.raises(MalformedFile, match=says) as caught:
+        inspect_file(tmp_path / "a.safetensors")
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{}, {"model.layers.0.weight": torch.ones(2, 2)}, {"a.weight": torch.ones(768)}],
+)
+def test_no_adapter_at_all(state, tmp_path):
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(NotAnAdapter):
+        inspect_file(tmp_path / "a.safetensors")
+
+
+def test_folders_without_an_adapter(tmp_path):
+    with pytest.raises(InputNotFound, match="adapter"):
+        inspect_file(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(PickleRefused):
+        inspect_file(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "1", "[" * 100_000])
+def test_broken_diffusers_metadata(text, tmp_path):
+    state = {f"unet.x.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(MalformedFile, match="lora_adapter_metadata"):
+        inspect_file(tmp_path / "a.safetensors")
+
+
+def test_nan_and_integers_in_an_adapter(sd, tmp_path):
+    path = tmp_path / "a.safetensors"
+    name = f"lora_unet_{UNET_LINEAR.replace('.', '_')}"
+    good = {
+        f"{name}.lora_down.weight": torch.ones(2, 32),
+        f"{name}.lora_up.weight": torch.ones(32, 2),
+    }
+    for key in good:
+        save_file({**good, key: torch.full_like(good[key], float("nan"))}, path)
+        with pytest.raises(NonFiniteTensor) as caught:
+            load_adapter(path, sd)
+        assert caught.value.tensor == key
+        with pytest.raises(NonFiniteTensor):
+            inspect_file(path)
+        save_file({**good, key: good[key].to(torch.int8)}, path)
+        with pytest.raises(MalformedFile, match="quantised"):
+            load_adapter(path, sd)
+
+
+def test_what_inspect_says(sd, tmp_path):
+    adapter = random_adapter(sd, {f"unet.{UNET_LINEAR}": 3, f"unet.{UNET_3X3}": 2}, scale=0.5)
+    adapter.metadata = {"modelspec.trigger_phrase": "zzz", "ss_output_name": "my style"}
+    for dialect in ("kohya", "diffusers", "lora-x"):
+        path = tmp_path / f"{dialect}.safetensors"
+        written = write(adapter, sd, path, dialect)
+        facts = inspect_file(path)
+        assert facts["dialect"] == dialect
+        assert facts["sites"] == 2
+        assert facts["ranks"] == {"2": 1, "3": 1}
+        assert facts["sites_by_kind"] == {"attn1.to_q": 1, "resnet.conv1": 1}
+        assert facts["trigger_words"] == "zzz"
+        assert facts["carried_by_regraft"] is True
+        assert facts["sha256"] == written.sha256
+        assert facts["autov2"] == written.sha256[:10]
+        assert len(facts["autov3"]) == 12
+        assert facts["zero_sites"] == []
+        json.dumps(facts)
+
+
+KINDS = {
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q": "attn1.to_q",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_out_0": "attn2.to_out",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0": "attn2.to_out",
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_ff_net_0_proj": "ff.in",
+    "unet.x.transformer_blocks.0.ff.net.2": "ff.out",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": "mlp.fc1",
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": "self_attn.q_proj",
+    "base_model.model.model.layers.11.mlp.gate_proj": "mlp.gate_proj",
+    "base_model.model.transformer.h.0.attn.c_attn": "attn.c_attn",
+    "lora_unet_down_blocks_0_resnets_0_conv1": "resnet.conv1",
+    "lora_unet_input_blocks_1_0_in_layers_2": "resnet.in_layers.2",
+    "unet.down_blocks.0.downsamplers.0.conv": "downsampler",
+    "lora_unet_input_blocks_3_0_op": "downsampler",
+    "lora_unet_mid_block_attentions_0_proj_in": "proj_in",
+    "some.thing.3.else": "thing.else",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_kinds_read_alike_in_every_dialect(name, kind):
+    assert kind_of_name(name) == kind
