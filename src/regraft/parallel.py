@@ -1,7 +1,8 @@
 """Site by site on all cores: one site per worker, one thread per site.
 
-A weight is too small to keep several cores busy inside one call, and threads inside one call make
-the last bits depend on how many there are. Whole sites in parallel avoid both.
+A weight is too small to keep several cores busy inside one call, threads inside one call make the
+last bits depend on how many there are, and OpenMP threads that wait for each other are very slow
+on a busy machine. Whole sites in parallel avoid all three.
 """
 
 from __future__ import annotations

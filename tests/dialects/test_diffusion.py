@@ -18,7 +18,14 @@ from regraft.bases import open_base
 from regraft.bases.unet_names import to_ldm
 from regraft.dialects import load_adapter
 from regraft.dialects.names import flatten
-from regraft.errors import BadOption, MalformedFile, OutputFailed, ShapeMismatch, SitesNotInBase
+from regraft.errors import (
+    BadOption,
+    FamilyNotYet,
+    MalformedFile,
+    OutputFailed,
+    ShapeMismatch,
+    SitesNotInBase,
+)
 from tests.dialects.loaders import (
     assert_same,
     canonical,
@@ -329,6 +336,23 @@ def test_a_plain_lora_as_lora_x_is_the_same_change(sd, tmp_path):
     write(adapter, sd, tmp_path / "x.safetensors", "lora-x")
     assert_same(deltas_of(load_adapter(tmp_path / "x.safetensors", sd)), deltas_of(adapter))
     assert "regraft.format" in load_adapter(tmp_path / "x.safetensors", sd).metadata
+
+
+def test_a_lora_x_file_of_a_later_version_is_refused(sd, tmp_path):
+    write(random_adapter(sd, sites_of(sd, UNET)), sd, tmp_path / "x.safetensors", "lora-x")
+    later = {"regraft.format": "lora-x/2"}
+    save_file(load_file(tmp_path / "x.safetensors"), tmp_path / "y.safetensors", later)
+    with pytest.raises(FamilyNotYet, match="lora-x/2"):
+        load_adapter(tmp_path / "y.safetensors", sd)
+
+
+def test_an_alpha_beside_lora_x_is_not_ignored(sd, tmp_path):
+    write(random_adapter(sd, sites_of(sd, UNET)), sd, tmp_path / "x.safetensors", "lora-x")
+    tensors = load_file(tmp_path / "x.safetensors")
+    name = next(iter(tensors)).rpartition(".")[0]
+    save_file({**tensors, f"{name}.alpha": torch.tensor(4.0)}, tmp_path / "y.safetensors")
+    with pytest.raises(MalformedFile, match="alpha"):
+        load_adapter(tmp_path / "y.safetensors", sd)
 
 
 # ---------------------------------------------------------------- metadata and bytes

@@ -26,7 +26,8 @@ ADAPTER_NAME = "regraft"
 def to_model(images: np.ndarray | Tensor) -> Tensor:
     """uint8 ``[n, 32, 32, 3]`` -> float32 ``[n, 12, 16, 16]`` in [-1, 1]."""
     pixels = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return functional.pixel_unshuffle(pixels, FOLD)
+    folded: Tensor = functional.pixel_unshuffle(pixels, FOLD)
+    return folded
 
 
 def to_images(latents: Tensor) -> np.ndarray:

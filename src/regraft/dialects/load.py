@@ -9,25 +9,26 @@ from torch import Tensor
 
 from regraft.adapters import Adapter, LowRank, Site, Spectral, Update
 from regraft.adapters.update import Layout
-from regraft.bases import Base
+from regraft.bases import Base, open_base
 from regraft.dialects.names import PEFT_PREFIX, resolve_dotted, resolve_kohya
 from regraft.dialects.scale import component_config, config_scale
 from regraft.dialects.source import AdapterSource, open_source
 from regraft.errors import MalformedFile, ShapeMismatch, SitesNotInBase
+from regraft.parallel import in_order
 
 #: transformers' model types whose layers are Conv1D, which stores its weight as (in, out).
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_ENDS = (".c_attn", ".q_attn", ".c_fc", ".c_proj")
 
 
-def load_adapter(ref: str | Path, base: Base) -> Adapter:
+def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
     """Read an adapter file against the base it was made for.
 
     Parameters
     ----------
     ref : str or Path
         Hub id, PEFT folder, or single ``.safetensors`` file.
-    base : Base
+    base : str, Path or Base
         The base it was trained on: names and shapes come from it.
 
     Returns
@@ -40,6 +41,7 @@ def load_adapter(ref: str | Path, base: Base) -> Adapter:
     SitesNotInBase, ShapeMismatch, MalformedFile, NonFiniteTensor
         And everything :func:`regraft.dialects.source.open_source` raises.
     """
+    base = base if isinstance(base, Base) else open_base(base)
     source = open_source(ref)
     file = str(source.path)
     if source.dialect == "kohya":
@@ -71,8 +73,8 @@ def load_adapter(ref: str | Path, base: Base) -> Adapter:
     adapter.refused |= source.refused | resolution.refused
     if source.dialect == "peft" and not source.config:
         adapter.notes.append("No adapter_config.json beside the file: alpha is taken as the rank.")
-    for name, site in by_name.items():
-        adapter.updates[site] = _update(source, name, site, base)
+    found = in_order(lambda pair: _update(source, *pair, base), by_name.items())
+    adapter.updates = dict(zip(by_name.values(), found, strict=True))
     return adapter
 
 

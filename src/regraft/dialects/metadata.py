@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regraft.adapters import Adapter, LowRank, Update
 from regraft.bases import Base, architecture
+from regraft.dialects.names import LORA_X_FORMAT
 from regraft.files import data_sha256
 
 #: Input metadata that describe the input file's bytes or its base, and would be false here.
@@ -49,7 +50,7 @@ def file_metadata(
     meta = {**kept, "format": "pt", "sshs_model_hash": digest}
     meta["regraft"] = json.dumps(provenance, sort_keys=True, ensure_ascii=False)
     if dialect == "lora-x":
-        meta["regraft.format"] = "lora-x/1"
+        meta["regraft.format"] = LORA_X_FORMAT
     if dialect == "kohya" or any(k.startswith("ss_") for k in kept):
         ranks = Counter(u.rank for u in adapter.updates.values())
         scales = Counter(_text(_alpha(u)) for u in adapter.updates.values())

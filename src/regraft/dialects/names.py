@@ -19,6 +19,9 @@ DIALECTS: dict[str, str] = {
     "lora-x": "single .safetensors in LoRA-X form, U ΔΣ Vᵀ (docs/formats.md)",
 }
 
+#: What a LoRA-X file says of itself in its metadata, under ``regraft.format``.
+LORA_X_FORMAT = "lora-x/1"
+
 #: Key suffix → role. A dot-free kohya module name ends at the first dot, so this is unambiguous.
 SUFFIXES: dict[str, str] = {
     ".lora_down.weight": "down",

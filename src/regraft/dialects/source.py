@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.dialects.families import refuse_other_config, refuse_other_family
-from regraft.dialects.names import PEFT_PREFIX, split_key, split_kohya
+from regraft.dialects.names import LORA_X_FORMAT, PEFT_PREFIX, split_key, split_kohya
 from regraft.errors import (
     FamilyNotYet,
     InputNotFound,
@@ -122,6 +122,8 @@ def open_source(ref: str | Path) -> AdapterSource:
         raise NotAnAdapter("The file holds no tensors.", file=path, fix="Check which file this is.")
     refuse_other_family(keys, path)
     dialect, modules, refused = _group(keys, file, config)
+    if dialect == "lora-x":
+        _check_lora_x_version(file)
     source = AdapterSource(str(ref), file, dialect, modules, config, refused)
     source.config_path = beside if config else None
     if located.repo:
@@ -212,6 +214,17 @@ def _group(
     return _dialect(modules, file.path, bool(config)), modules, refused
 
 
+def _check_lora_x_version(file: TensorFile) -> None:
+    """Refuse a LoRA-X file of a later version than this one writes."""
+    said = file.metadata.get("regraft.format", LORA_X_FORMAT)
+    if said != LORA_X_FORMAT:
+        raise FamilyNotYet(
+            f"This LoRA-X file is in the form {said[:40]!r}, which is not read yet.",
+            file=file.path,
+            fix=f"This version reads {LORA_X_FORMAT}; a newer regraft wrote it.",
+        )
+
+
 def _not_an_update(key: str, config: dict[str, Any]) -> str | None:
     """Why a tensor that PEFT saves beside its LoRA is not carried; None if it is unknown."""
     if not config or not key.startswith(PEFT_PREFIX):
@@ -246,7 +259,9 @@ def _missing(roles: dict[str, str]) -> str:
     for group in (("down", "up"), ("embedding_a", "embedding_b"), ("u", "core", "v")):
         if roles.keys() & set(group):
             lost = [r for r in group if r not in roles]
-            strange = sorted(roles.keys() - {*group, "alpha"})
+            # LoRA-X has no alpha: U S Vᵀ is ΔW.
+            own = {*group} if "core" in group else {*group, "alpha"}
+            strange = sorted(roles.keys() - own)
             if lost:
                 return f"it lacks {', '.join(lost)}"
             return f"{', '.join(strange)} do not belong with them" if strange else ""
