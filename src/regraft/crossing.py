@@ -107,8 +107,13 @@ class Crossing:
         )
         return used.carry(job)
 
-    def _entry(self, pair: Pair, update: Update, options: MethodOptions) -> SiteResult:
+    def _kept(self, pair: Pair, update: Update) -> float:
         before = self.energies[pair.source]
+        if update is self.adapter.updates[pair.source] or not before:
+            return 1.0
+        return energy(update.factors()) / before
+
+    def _entry(self, pair: Pair, update: Update, options: MethodOptions) -> SiteResult:
         close = self.close[pair.target]
         phi = self.library.known_phi(
             self.source, pair.source, self.target, pair.target, options.dimension
@@ -121,7 +126,7 @@ class Crossing:
             rank_in=self.adapter.updates[pair.source].rank,
             rank_out=update.rank,
             share=self.share[pair.target],
-            kept=energy(update.factors()) / before if before else 1.0,
+            kept=self._kept(pair, update),
             kept_by_copy=self._by_copy(pair),
             cosine=None if close is None else close.cosine,
             difference=None if close is None else close.difference,

@@ -77,7 +77,7 @@ def test_hashes_are_remembered_without_reading_the_file_again(tmp_path, monkeypa
     def unread(*_args):
         raise AssertionError("the file was read again")
 
-    monkeypatch.setattr("regraft.files.TensorFile.read_bytes", unread)
+    monkeypatch.setattr("regraft.files.TensorFile._read_into", unread)
     assert warm.content_hash(base, SITE) == sha
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -59,6 +60,9 @@ def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
             fix="Give the whole pipeline that this adapter was trained on.",
         )
     _no_site_twice(by_name, file)
+    hasher = ThreadPoolExecutor(1)
+    sha256 = hasher.submit(source.sha256)  # beside the reading below
+    hasher.shutdown(wait=False)
     adapter = Adapter(
         updates={},
         family=source.family,
@@ -67,7 +71,6 @@ def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
         metadata=dict(source.file.metadata),
         config=dict(source.config) if source.dialect == "peft" else {},
         notes=list(source.notes),
-        sha256=source.sha256(),
         name=source.name,
     )
     adapter.refused |= source.refused | resolution.refused
@@ -75,6 +78,7 @@ def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
         adapter.notes.append("No adapter_config.json beside the file: alpha is taken as the rank.")
     found = in_order(lambda pair: _update(source, *pair, base), by_name.items())
     adapter.updates = dict(zip(by_name.values(), found, strict=True))
+    adapter.sha256 = sha256.result()
     return adapter
 
 

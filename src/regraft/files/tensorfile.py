@@ -224,18 +224,22 @@ class TensorFile(Mapping[str, TensorInfo]):
         """The tensor's raw bytes, or the first ``length`` of them."""
         info = self[name]
         buffer = bytearray(info.end - info.start if length is None else length)
-        view, done = memoryview(buffer), 0
+        self._read_into(memoryview(buffer), name)
+        return buffer
+
+    def _read_into(self, view: memoryview, name: str) -> None:
+        """Fill ``view`` from the start of the tensor's data."""
+        done = 0
         try:
             with open(self.path, "rb", buffering=0) as stream:
-                stream.seek(info.start)
-                while done < len(buffer):
+                stream.seek(self[name].start)
+                while done < len(view):
                     count = stream.readinto(view[done:])
                     if not count:
                         raise self._bad("it became shorter while being read", name)
                     done += count
         except OSError as error:
             raise self._unreadable(error) from error
-        return buffer
 
     def read(self, name: str, *, rows: int | None = None, finite: bool = False) -> Tensor:
         """Read one tensor, or its first ``rows`` rows, in its stored dtype.
@@ -247,11 +251,10 @@ class TensorFile(Mapping[str, TensorInfo]):
         """
         info = self[name]
         shape = info.shape if rows is None else (rows, *info.shape[1:])
-        if prod(shape) == 0:
-            tensor = torch.empty(shape, dtype=info.dtype)
-        else:
-            raw = self.read_bytes(name, prod(shape) * info.dtype.itemsize)
-            tensor = torch.frombuffer(raw, dtype=info.dtype).reshape(shape)
+        raw = torch.empty(prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
+        if raw.numel():
+            self._read_into(raw.numpy().data, name)
+        tensor = raw.view(info.dtype).reshape(shape)
         if finite and not is_finite(tensor):
             raise NonFiniteTensor(
                 "A tensor holds NaN or infinity.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,15 +23,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: The safetensors library sorts dtypes so; sorting alike makes its files and ours the same bytes.
 _ORDER = ["U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"]
 _ORDER += ["F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+_RANK = {dtype: _ORDER.index(name) for dtype, name in _NAMES.items()}
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise BadOption(f"safetensors files cannot hold {tensor.dtype}.", tensor=name)
-    return sorted(
-        tensors.items(), key=lambda item: (_ORDER.index(_NAMES[item[1].dtype]), item[0].encode())
-    )
+    return sorted(tensors.items(), key=lambda item: (_RANK[item[1].dtype], item[0].encode()))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -40,12 +40,16 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def data_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the data part alone: kohya's ``sshs_model_hash``, civitai's AutoV3."""
-    digest = hashlib.sha256()
-    for _, tensor in _ordered(tensors):
+def _digest(head: bytes, ordered: list[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(head)
+    for _, tensor in ordered:
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def data_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the data part alone: kohya's ``sshs_model_hash``, civitai's AutoV3."""
+    return _digest(b"", _ordered(tensors))
 
 
 def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -75,14 +79,12 @@ def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         position += size
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as stream:
-        for chunk in (len(raw).to_bytes(8, "little"), raw):
-            stream.write(chunk)
-            digest.update(chunk)
+    head = len(raw).to_bytes(8, "little") + raw
+    # Hashing takes about as long as writing, and both leave Python alone.
+    with ThreadPoolExecutor(1) as pool, open(path, "wb") as stream:
+        sha = pool.submit(_digest, head, ordered)
+        stream.write(head)
         for _, tensor in ordered:
-            view = _bytes(tensor)
-            stream.write(view)
-            digest.update(view)
+            stream.write(_bytes(tensor))
         stream.flush()
-    return digest.hexdigest()
+        return sha.result()

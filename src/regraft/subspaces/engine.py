@@ -23,6 +23,8 @@ ENGINE = "gram-eigh/1"
 
 #: Largest deviation of VᵀV from I before correction that each stage may show.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
+#: Stripes of a Gram matrix; with n of them (n + 1) / 2n of the products are needed.
+_BLOCKS = 5
 #: Below this share of the largest singular value, a stage's singular vectors are not trusted.
 _FLOOR = {torch.float32: 2e-3, torch.float64: 1e-6}
 #: Singular values below this share of the largest are taken as zero: they span no subspace.
@@ -140,10 +142,22 @@ def decompose(weight: Float[Tensor, "m n"], dimension: Dimension) -> Subspace:
     return _svd(weight.double(), dimension)
 
 
+def _gram_matrix(rows: Tensor) -> Tensor:
+    """R Rᵀ, of which only the upper blocks are multiplied out."""
+    size = rows.shape[0]
+    gram = rows.new_empty(size, size)
+    step = max(64, -(-size // _BLOCKS))
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        gram[start:end, start:] = rows[start:end] @ rows[start:].mT
+        gram[end:, start:end] = gram[start:end, end:].mT
+    return gram
+
+
 def _gram(weight: Tensor, dimension: Dimension) -> Subspace | None:
     m, n = weight.shape
     wide = m <= n
-    gram = weight @ weight.mT if wide else weight.mT @ weight
+    gram = _gram_matrix(weight if wide else weight.mT)
     try:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
