@@ -56,9 +56,9 @@ def _shapes(svd: Answer) -> Table:
         title="torch.linalg.svd (thin; full as called by default) against decompose",
         title_justify="left",
     )
-    table.add_column("shape")
-    table.add_column("class")
-    for name in ("sites", "sampled", "thin s", "full s", "ours s", "× thin", "× full", "cos²"):
+    table.add_column("shape", no_wrap=True)
+    table.add_column("class", no_wrap=True)
+    for name in ("sites", "thin s", "full s", "ours s", "× thin", "× full", "cos²"):
         table.add_column(name, justify="right")
     for row in svd["shapes"]:
         same = min(row["same_subspace_left"], row["same_subspace_right"])
@@ -66,7 +66,6 @@ def _shapes(svd: Answer) -> Table:
             "×".join(map(str, row["shape"])),
             row["class"],
             str(row["sites"]),
-            str(row["sampled"]),
             f"{row['seconds_svd']:.3f}",
             f"{row['seconds_svd_default']:.3f}",
             f"{row['seconds_decompose']:.3f}",

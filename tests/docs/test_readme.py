@@ -31,7 +31,7 @@ VALUES = {
     "pairing": {"auto", "name", "similarity"},
 }
 #: Files that are added by hand.
-PENDING = {"docs/demo.png"}
+PENDING: set[str] = set()
 
 
 def options() -> set[str]:
