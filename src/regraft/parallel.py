@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -34,12 +35,28 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@cache
+def _settle() -> None:
+    """Let the math libraries choose their code for this CPU before several threads call them.
+
+    Their first calls, if made at the same time, may take another path and differ in the last bit.
+    """
+    for dtype in (torch.float32, torch.float64):
+        a = torch.arange(64 * 64, dtype=dtype).reshape(64, 64).sin()
+        torch.linalg.eigh(a @ a.mT)
+        torch.linalg.svd(torch.linalg.qr(a)[0])
+        torch.linalg.solve_triangular(
+            torch.linalg.cholesky(a @ a.mT + a.new_ones(64).diag()), a, upper=False
+        )
+
+
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """``work`` of each item, in order, several at a time.
 
     The first error is raised at its place, and what has not begun is dropped.
     """
     with single_threaded():
+        _settle()
         pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
         try:
             yield from pool.map(work, items)

@@ -42,8 +42,8 @@ def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
     SitesNotInBase, ShapeMismatch, MalformedFile, NonFiniteTensor
         And everything :func:`regraft.dialects.source.open_source` raises.
     """
-    base = base if isinstance(base, Base) else open_base(base)
     source = open_source(ref)
+    base = open_base(base) if isinstance(base, str | Path) else base
     file = str(source.path)
     if source.dialect == "kohya":
         resolution = resolve_kohya(source.modules, base, file)
