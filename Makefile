@@ -12,7 +12,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     speed and memory on an SDXL-shaped pair (needs 20 GB of disk)"
 	@echo "make docs      regenerate the CLI reference"
-	@echo "make lab-pair  retrain the embedded pair (about two hours on two cores)"
+	@echo "make lab-pair  retrain the embedded pair (about an hour on two cores)"
 
 setup: $(READY)
 

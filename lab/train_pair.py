@@ -212,7 +212,7 @@ def main() -> None:
             continue
         if step in arguments.redo:
             (shop.runs / f"{step}.pt").unlink(missing_ok=True)
-        elif output.exists():
+        elif output.exists() and (shop.runs / f"{step}.json").exists():
             print(f"[{step}] there already")
             continue
         started = time.monotonic()
