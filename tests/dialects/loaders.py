@@ -14,6 +14,21 @@ from regraft.adapters import Adapter, LowRank, Site, delta, matrix_shape
 from regraft.bases import Base
 from regraft.dialects import write_adapter
 from regraft.dialects.write import Written
+from tests.factories import UNET_1X1, UNET_3X3, UNET_LINEAR
+
+#: diffusers recognises a text encoder's kohya names only if an out_proj is among them.
+TEXTS = [f"text_model.encoder.layers.1.{m}" for m in ("self_attn.q_proj", "self_attn.out_proj",
+                                                     "mlp.fc1")]  # fmt: skip
+UNET = (UNET_LINEAR, UNET_1X1, UNET_3X3, "down_blocks.0.downsamplers.0.conv", "conv_in",
+        "up_blocks.0.upsamplers.0.conv", "time_embedding.linear_1")  # fmt: skip
+
+
+def sites_of(base, modules, *components):
+    return {
+        **{f"unet.{m}": 3 for m in modules},
+        **{f"{c}.{m}": 2 for c in components for m in TEXTS},
+    }
+
 
 PROVENANCE = {
     "adapter": {"sha256": "ab" * 32, "name": "style"},

@@ -6,8 +6,7 @@ and the U-Net predicts the velocity ``e - x_0``; ``t`` in [0, 1] goes to the U-N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regraft.demo.pair import EmojiPipeline
+from regraft.parallel import single_threaded
 
 FOLD = 2  # space-to-depth: [3, 32, 32] <-> [12, 16, 16], four times fewer positions to compute
 TIME_SCALE = 1000.0  # the U-Net's sinusoidal embedding expects diffusion-style step numbers
@@ -58,22 +58,7 @@ def velocity(pipeline: EmojiPipeline, x: Tensor, t: Tensor, condition: Tensor) -
     return predicted
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread, then restore the setting.
-
-    Sums then round the same whatever the thread count. And on busy cores the threads of such small
-    operations mostly wait for each other: 8 images took 78 s on two threads, 1.9 s on one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@single_threaded()
 @torch.no_grad()
 def sample(
     pipeline: EmojiPipeline,
@@ -120,7 +105,7 @@ def default_timesteps(count: int = 8) -> list[float]:
     return [(i + 0.5) / count for i in range(count)]
 
 
-@_one_thread()
+@single_threaded()
 @torch.no_grad()
 def denoising_loss(
     pipeline: EmojiPipeline,
