@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from regraft.adapters.algebra import energy
 from regraft.adapters.update import Update
 
 
@@ -60,10 +59,6 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
     sha256: str = ""
     name: str = ""
-
-    def energy(self) -> float:
-        """Σ over sites of ‖ΔW‖²."""
-        return sum(energy(update.factors()) for update in self.updates.values())
 
     @property
     def rank(self) -> int:

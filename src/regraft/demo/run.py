@@ -76,7 +76,9 @@ def run_demo(folder: str | Path = "regraft-demo", *, progress: Progress = silent
         library=library,
         progress=progress,
     )
-    files = {"copy": pair.ADAPTER, **_other_ways(folder, library, progress)}
+    # Judge the file that was written, not the one that came in.
+    copied = carried if result.method == "copy" else pair.ADAPTER
+    files = {"copy": copied, **_other_ways(folder, library, progress)}
     losses = _losses(files, progress)
     gain = losses["v2"] - losses["retrained"]
     retention = {name: (losses["v2"] - losses[name]) / gain for name in files}
@@ -142,7 +144,7 @@ def _draw(
     captions = pair.default_captions()
     seeds = [SEED + i for i in range(len(captions))]
     v1, v2 = pair.load_pipeline(pair.SOURCE), pair.load_pipeline(pair.TARGET)
-    copied = "the file as it is" + (", which is what auto chose" if chosen == "copy" else "")
+    copied = "the file auto wrote" if chosen == "copy" else "the file as it is"
     plan = [
         ("v1", "the old base", v1, None),
         ("v1 + LoRA", "black-and-white style, trained here", v1, pair.ADAPTER),

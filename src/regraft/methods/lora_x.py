@@ -26,11 +26,6 @@ from regraft.methods.copy import carry as copy
 from regraft.methods.registry import Refusal, SiteJob, below_threshold, method, shapes_differ
 
 
-def project(rows: Tensor, x: Tensor) -> Tensor:
-    """R ᵀ R x for an orthonormal basis given as rows R, (k, d), and x, (d, r)."""
-    return rows.mT @ (rows @ x)
-
-
 @method(
     name="lora-x",
     title="Project onto the target's singular subspaces",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from regraft.adapters import Update, same_matrix
 from regraft.methods.copy import carry as copy
-from regraft.methods.lora_x import as_low_rank, project
+from regraft.methods.lora_x import as_low_rank
 from regraft.methods.registry import (
     MethodOptions,
     Refusal,
@@ -45,11 +45,16 @@ def _keeps(phi_l: float, phi_r: float, rho_l: float, rho_r: float, options: Meth
     return kept + (par_l * null_r + null_l * par_r if options.cross_terms else 0.0)
 
 
+def _project(rows: Tensor, x: Tensor) -> Tensor:
+    """Rᵀ R x for an orthonormal basis given as rows R, (k, d), and x, (d, r)."""
+    return rows.mT @ (rows @ x)
+
+
 def _split(source: Tensor, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(P_t P_s x, Q_t Q_s x) for bases given as rows."""
-    inside = project(source, x)
+    inside = _project(source, x)
     outside = x - inside
-    return project(target, inside), outside - project(target, outside)
+    return _project(target, inside), outside - _project(target, outside)
 
 
 @method(
