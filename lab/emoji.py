@@ -45,6 +45,16 @@ BASE_LOOK = "fluent-emoji-flat"
 SUCCESSOR_LOOK = "fluent-emoji"
 STYLE_LOOK = "fluent-emoji-high-contrast"
 
+#: Looks made from the base look by a rule, so that a style can be learnt from few drawings and
+#: tried on others.
+OUTLINED = "outlined"  # every shape of the drawing with a thick dark stroke
+DUOTONE = "duotone"  # brightness mapped from one ink to one paper
+DERIVED_LOOKS = (OUTLINED, DUOTONE)
+LOOKS = (*PACKAGES, *DERIVED_LOOKS)
+
+STROKE = 'stroke="#101018" stroke-width="1.6" stroke-linejoin="round"'
+INK, PAPER = (28, 20, 92), (255, 196, 120)
+
 SIZE = 32  # pixels per side of a training image
 SUPERSAMPLE = 4  # render larger, then area-average: resvg's own 32 px edges are harsher
 
@@ -80,22 +90,33 @@ def has(look: str, caption: str) -> bool:
 
 
 def render(look: str, caption: str, size: int = SIZE) -> np.ndarray:
-    """One subject in one look on white: uint8 ``[size, size, 3]``."""
-    icons = icon_set(look)
+    """One subject in one look on white (duotone: on its paper): uint8 ``[size, size, 3]``."""
+    if look == DUOTONE:
+        return duotone(render(BASE_LOOK, caption, size))
+    outlined = look == OUTLINED
+    icons = icon_set(BASE_LOOK if outlined else look)
     icon = icons["icons"][caption.replace(" ", "-")]
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    body = f"<g {STROKE}>{icon['body']}</g>" if outlined else icon["body"]
     side = size * SUPERSAMPLE
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{box}" width="{side}" height="{side}" color="black">{icon["body"]}</svg>'
+        f'viewBox="{box}" width="{side}" height="{side}" color="black">{body}</svg>'
     )
     raw = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
     image = Image.open(io.BytesIO(bytes(raw))).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     flat = Image.alpha_composite(white, image).convert("RGB")
     return np.asarray(flat.resize((size, size), Image.Resampling.BOX))
+
+
+def duotone(image: np.ndarray) -> np.ndarray:
+    """Brightness (Rec. 601 luma) as a mix of ink and paper: uint8 in, uint8 out, same shape."""
+    luma = (image @ np.array([0.299, 0.587, 0.114]) / 255.0)[..., None]
+    mixed = (1 - luma) * np.array(INK) + luma * np.array(PAPER)
+    return mixed.round().astype(np.uint8)
 
 
 def dataset(look: str, captions: list[str]) -> np.ndarray:
