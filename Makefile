@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-all bench lint docs clean lab-pair
+.PHONY: help setup demo test test-all bench retention retention-quick lint docs clean lab lab-pair
 
 help:
 	@echo "make demo      carry a real adapter between two small bases, and show it on a page"
 	@echo "make test      lint, types and tests (under 10 minutes)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     speed and memory on an SDXL-shaped pair (needs 20 GB of disk)"
+	@echo "make retention how much of an adapter survives every kind of upgrade (under an hour)"
+	@echo "make lab       retrain the lab's bases and adapters (a few hours; resumes)"
 	@echo "make docs      regenerate the CLI reference"
 	@echo "make lab-pair  retrain the embedded pair (about an hour on two cores)"
 
@@ -21,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--group dev -e ".[demo]"
+		--group dev -e ".[measure]"
 	rm -f $(VENV)/.ready-* && touch $@
 
 demo: setup
@@ -41,11 +43,20 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.transfer_sdxl
 
+# both families side by side, one thread each
+retention: setup
+	$(BIN)/python -m benchmarks.retention
+
+retention-quick: setup
+	$(BIN)/python -m benchmarks.retention --quick --out benchmarks/.work/quick --docs benchmarks/.work/quick
+
 docs: setup
 	$(BIN)/cog -r docs/cli.md
 
+lab: setup
+	$(BIN)/python -m lab.build
+
 lab-pair: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group lab
 	$(BIN)/python -m lab.train_pair
 
 clean:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
+from torch.nn import Parameter, functional
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from lab import training
@@ -109,6 +111,25 @@ def add_lora(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)
     )
     pipeline.unet.add_adapter(config, adapter_name="default")
+
+
+def fold_lora(pipeline: EmojiPipeline) -> None:
+    """Let every LoRA layer compute with W + s·B·A instead of a second path beside W.
+
+    The same function without dropout, at less than half the time for layers as small as these.
+    """
+    for module in pipeline.unet.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = partial(_folded, module)
+
+
+def _folded(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    base, down, up = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    change = (up.weight.flatten(1) @ down.weight.flatten(1)).view_as(base.weight)
+    weight = base.weight + layer.scaling["default"] * change
+    if isinstance(base, nn.Conv2d):
+        return functional.conv2d(x, weight, base.bias, base.stride, base.padding)
+    return functional.linear(x, weight, base.bias)
 
 
 def token_table(pipeline: EmojiPipeline, captions: Sequence[str]) -> Tensor:

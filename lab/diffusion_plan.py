@@ -21,6 +21,7 @@ from lab.diffusion import (
     add_lora,
     build_pipeline,
     draw_batch,
+    fold_lora,
     token_table,
     train,
     trainable,
@@ -69,7 +70,7 @@ BASES: dict[str, dict[str, Any]] = {
         "look": emoji.WARM_UP_LOOK,
         "start": "v1",
         "subjects": "all",
-        "steps": 1500,
+        "steps": 1000,
         "seed": 22,
         **SCRATCH,
     },
@@ -77,7 +78,7 @@ BASES: dict[str, dict[str, Any]] = {
         "look": emoji.SUCCESSOR_LOOK,
         "start": "v1",
         "subjects": "animals",
-        "steps": 300,
+        "steps": 200,
         "batch": 32,
         "lr": 4e-4,
         "seed": 23,
@@ -86,17 +87,17 @@ BASES: dict[str, dict[str, Any]] = {
         "look": emoji.BASE_LOOK,
         "start": "v1",
         "unet": PRUNED,
-        "steps": 500,
+        "steps": 250,
         "batch": 32,
         "lr": 1e-3,
         "seed": 24,
     },
-    "other-seed": {"look": emoji.BASE_LOOK, "unet": SMALL, "steps": 1800, "seed": 25, **SCRATCH},
+    "other-seed": {"look": emoji.BASE_LOOK, "unet": SMALL, "steps": 900, "seed": 25, **SCRATCH},
     "bigger": {
         "look": emoji.BASE_LOOK,
         "unet": BIG,
         "hidden": BIG_HIDDEN,
-        "steps": 1200,
+        "steps": 500,
         "seed": 26,
         **SCRATCH,
     },
@@ -105,7 +106,7 @@ TARGETS = ("fine-tune", "continued", "pruned", "bigger", "other-seed")
 
 #: LoRA on convolutions and attention ("LoCon"); projections and feed-forwards stay as they are.
 LORA_TARGETS = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0"]
-ADAPTER = {"steps": 150, "batch": 16, "lr": 2e-3, "dropout": 0.1}
+ADAPTER = {"steps": 120, "batch": 16, "lr": 2e-3}
 
 CHANCE_OF_TEACHER = 0.5  # weight of the teacher's velocity beside the data's
 
@@ -211,9 +212,10 @@ def make_adapter(shop: Shop, step: Step) -> dict[str, Any]:
     """Train one LoRA; its record holds the held-out loss with the file as it was written."""
     plan = dict(step.recipe)
     base, style = plan.pop("base"), plan.pop("style")
-    rank, alpha, dropout = plan.pop("rank"), plan.pop("alpha"), plan.pop("dropout")
+    rank, alpha = plan.pop("rank"), plan.pop("alpha")
     pipeline = load_pipeline(shop.assets / "bases" / base)
-    add_lora(pipeline, rank, alpha, dropout, plan["seed"], LORA_TARGETS)
+    add_lora(pipeline, rank, alpha, 0.0, plan["seed"], LORA_TARGETS)
+    fold_lora(pipeline)
     captions = list(STYLE_SUBJECTS)
     facts = train(
         pipeline,

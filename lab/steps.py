@@ -26,7 +26,8 @@ class Step:
     name : str
         "v1", "continued", "v1/line-r8-s0", …
     output : Path
-        Relative to the shop's assets; the step is done when it and its record are there.
+        Relative to the shop's assets. A record with ``kept: false`` stands for a file that was
+        only measured.
     recipe : dict
         Everything the result depends on besides the code and the data.
     run : callable
@@ -51,6 +52,10 @@ class Shop:
     runs: Path = field(default=RUNS)
 
     def __post_init__(self) -> None:
+        manifest = self.assets / "manifest.json"
+        # a fresh checkout has the assets and their manifest, but no records of its own
+        known = json.loads(manifest.read_text())["steps"] if manifest.exists() else {}
+        self.shipped: dict[str, Any] = known.get(self.kind, {})
         self.assets, self.runs = self.assets / self.kind, self.runs / self.kind
         self.assets.mkdir(parents=True, exist_ok=True)
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -64,8 +69,18 @@ class Shop:
         return self.runs / f"{_flat(step.name)}.json"
 
     def done(self, step: Step) -> bool:
-        """Whether the step's output and record are both there."""
-        return self.record(step).exists() and (self.assets / step.output).exists()
+        """Whether the step's output is there, and known to have been made by this recipe."""
+        record = self.facts(step)
+        same = record is not None and record["recipe"] == json.loads(json.dumps(step.recipe))
+        kept = record is not None and record.get("kept", True)
+        return same and ((self.assets / step.output).exists() or not kept)
+
+    def facts(self, step: Step) -> dict[str, Any] | None:
+        """What a finished step measured: its own record, else the manifest's."""
+        if self.record(step).exists():
+            found: dict[str, Any] = json.loads(self.record(step).read_text())
+            return found
+        return self.shipped.get(step.name)
 
 
 def _flat(name: str) -> str:
@@ -96,6 +111,7 @@ def run_steps(
         if step.name in redo:
             shop.checkpoint(step).unlink(missing_ok=True)
             shop.record(step).unlink(missing_ok=True)
+            shop.shipped.pop(step.name, None)
         if shop.done(step):
             continue
         if minutes is not None and time.monotonic() - began > 60 * minutes:

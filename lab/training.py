@@ -79,13 +79,13 @@ def train(
             log(f"step {done}/{last} loss {recent:.4f} {seconds:.0f} s, {left:.0f} s left")
     for p, a in zip(parameters, average, strict=True):
         p.data.copy_(a)
-    tenths = [float(np.mean(part)) for part in np.array_split(np.array(losses), 10)]
+    parts = np.array_split(np.array(losses), min(10, len(losses)))
     return {
         "steps": last,
         "lr": lr,
         "seed": seed,
         "seconds": round(time.monotonic() - started, 1),
-        "loss_by_tenth": [round(x, 4) for x in tenths],
+        "loss_by_tenth": [round(float(np.mean(part)), 4) for part in parts],
     }
 
 
