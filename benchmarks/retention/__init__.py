@@ -1,0 +1,1 @@
+"""The battery: how much of an adapter survives every kind of base upgrade, measured."""

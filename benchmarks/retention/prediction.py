@@ -1,0 +1,75 @@
+"""How well R is predicted from what is seen before an adapter is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from benchmarks.retention.evidence import Evidence
+from benchmarks.retention.rows import Row
+from benchmarks.retention.summary import MAIN
+from regraft.methods.predict import CURVE
+from regraft.retention.fit import (
+    Observation,
+    figure_correlations,
+    judge,
+    observations,
+    spearman,
+)
+
+#: what a pair of bases shows, and what it is called
+FIGURES = {
+    "cosine": "weight cosine",
+    "difference": "how far the weights moved",
+    "phi_left": "Φ_l",
+    "phi_right": "Φ_r",
+    "atc": "ATC",
+    "cka": "CKA",
+    "coverage": "coverage",
+}
+
+
+def observed(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[Observation]:
+    """Rows of the main metrics joined with the evidence of their bases."""
+    main = [asdict(r) for r in rows if r.metric == MAIN[r.kind]]
+    return observations(main, [asdict(e) for e in seen])
+
+
+def prediction_lines(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]:
+    """The page's part on prediction."""
+    found = observed(rows, seen)
+    groups = {o.group for o in found}
+    if len(groups) < 3:
+        return []
+    judged = judge(found)
+    shipped = spearman([o.predicted(CURVE) for o in found], [o.retention for o in found])
+    lines = [
+        "## Prediction\n",
+        "R̂ = kept^q · ((1 + h) · cosine^p − h), from the weights alone "
+        "(`src/regraft/methods/predict.py`).\n",
+        "| | |",
+        "|---|---|",
+        f"| rows, pairs of bases | {judged.n}, {judged.groups} |",
+        f"| rank correlation of R̂ and R, each pair of bases left out of its fit | "
+        f"{_number(judged.spearman)} |",
+        f"| mean error of R̂, likewise | {judged.error:.2f} |",
+        f"| rank correlation, fitted to all | {_number(judged.spearman_seen)} |",
+        f"| rank correlation of the shipped constants | {_number(shipped)} |",
+        f"| fitted p, h, q | {judged.curve.decay:.2f}, {judged.curve.harm:.2f}, "
+        f"{judged.curve.energy:.2f} |",
+        f"| shipped p, h, q | {CURVE.decay:.2f}, {CURVE.harm:.2f}, {CURVE.energy:.2f} |",
+        "",
+        "Each figure alone against R of plain copying, one point per pair of bases:\n",
+        "| figure | rank correlation | pairs |",
+        "|---|---|---|",
+    ]
+    alone = figure_correlations(found)
+    for name, label in FIGURES.items():
+        if name in alone:
+            rho, count = alone[name]
+            lines.append(f"| {label} | {rho:+.2f} | {count} |")
+    return [*lines, ""]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
