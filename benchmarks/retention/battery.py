@@ -241,7 +241,7 @@ class Battery:
             if variant.method != "auto":
                 facts["intruders"] = self._intruders(unit, adapter)
             yield from rows(variant.name, scores, **facts)
-            if unit.full and variant.method != "auto" and not self.family.quick:
+            if unit.full and variant.curve and not self.family.quick:
                 for strength in STRENGTHS:
                     with applied(model, adapter, strength):
                         cheap = self.family.scores(model, unit.task)

@@ -14,6 +14,7 @@ class Variant:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    curve: bool = True
 
     def applies(self, upgrade: str) -> bool:
         """Whether it is run for this upgrade."""
@@ -23,12 +24,12 @@ class Variant:
 #: The lab's weights are narrower than the paper's dimension of 320, so there lora-x keeps every
 #: direction of one side; the share of energy shows what a real cut does.
 VARIANTS = (
-    Variant("auto", "auto"),
+    Variant("auto", "auto", curve=False),
     Variant("copy", "copy"),
-    Variant("copy, by name", "copy", {"pairing": "name"}, only=("pruned",)),
+    Variant("copy, by name", "copy", {"pairing": "name"}, ("pruned",), curve=False),
     Variant("lora-x", "lora-x"),
-    Variant("lora-x, 90 % of energy", "lora-x", {"dimension": 0.9}),
-    Variant("lora-x, rank order", "lora-x", {"align": "rank-order"}, only=("bigger",)),
+    Variant("lora-x, 90 % of energy", "lora-x", {"dimension": 0.9}, curve=False),
+    Variant("lora-x, rank order", "lora-x", {"align": "rank-order"}, ("bigger",)),
     Variant("prolora", "prolora"),
     Variant("prolora, cross terms", "prolora", {"cross_terms": True}),
 )

@@ -11,6 +11,7 @@ from regraft.dialects import inspect_file, load_adapter
 from regraft.errors import RegraftError
 from regraft.methods import methods
 from regraft.result import TransferResult
+from regraft.retention.measure import measure
 from regraft.transfer import transfer
 from regraft.versions import regraft_version
 
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "inspect_file",
     "load_adapter",
+    "measure",
     "methods",
     "open_base",
     "transfer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from regraft.adapters import Adapter, Site, Spectral, Update, compress, energy, same_matrix
 from regraft.bases import Base
@@ -12,7 +12,7 @@ from regraft.methods import Method, MethodOptions, Refusal, SiteJob
 from regraft.methods.choose import PairFacts
 from regraft.pairing import Pair, Pairing, kind_of
 from regraft.parallel import in_order
-from regraft.result import SiteResult, TransferResult
+from regraft.result import SiteResult
 from regraft.subspaces import Closeness, SubspaceLibrary
 
 #: Called with (stage, done, total).
@@ -21,6 +21,26 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """No progress wanted."""
+
+
+@dataclass
+class Carried:
+    """What a method made of an adapter: the target's adapter, and an account of every site.
+
+    ``refused`` maps a target site to the reason; the shares are of the adapter's energy ‖ΔW‖².
+    """
+
+    adapter: Adapter
+    sites: list[SiteResult] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    energy_kept: float = 0.0
+    energy_kept_by_copy: float = 0.0
+
+
+def energies_of(adapter: Adapter) -> dict[Site, float]:
+    """‖ΔW‖² of every site."""
+    found = in_order(lambda update: energy(update.factors()), adapter.updates.values())
+    return dict(zip(adapter.updates, found, strict=True))
 
 
 @dataclass
@@ -64,12 +84,15 @@ class Crossing:
         self,
         used: Method,
         options: MethodOptions,
-        rank: int | str | None,
-        share: float | None,
-        result: TransferResult,
-    ) -> Adapter:
-        """Run a method at every pair; fills in ``result`` and returns the target's adapter."""
+        rank: int | str | None = None,
+        share: float | None = None,
+    ) -> Carried:
+        """Run a method at every pair, in memory.
+
+        ``rank`` and ``share`` are the output rank rule of :func:`cut`.
+        """
         updates: dict[Site, Update] = {}
+        result = Carried(replace(self.adapter, updates=updates))
         pairs = self.paired.pairs
 
         def work(pair: Pair) -> tuple[Update, SiteResult] | Refusal:
@@ -84,14 +107,14 @@ class Crossing:
             result.energy_kept_by_copy += weight * self._by_copy(pair)
             self.progress(used.name, done, len(pairs))
             if isinstance(outcome, Refusal):
-                result.sites_refused[str(pair.target)] = outcome.reason
+                result.refused[str(pair.target)] = outcome.reason
                 continue
             updates[pair.target], entry = outcome
             result.sites.append(entry)
             result.energy_kept += weight * entry.kept
         result.energy_kept = _share(result.energy_kept)
         result.energy_kept_by_copy = _share(result.energy_kept_by_copy)
-        return replace(self.adapter, updates=updates)
+        return result
 
     def _by_copy(self, pair: Pair) -> float:
         source, target = self.source.weights[pair.source], self.target.weights[pair.target]

@@ -129,3 +129,11 @@ class NotRecommended(RegraftError):
 
 class MissingDependency(RegraftError):
     """An optional package is needed for this command."""
+
+
+class CannotRun(RegraftError):
+    """The base can be found, but Regraft cannot run it as a model."""
+
+
+class BadData(RegraftError):
+    """The data to measure on cannot be used: empty, unreadable, or not for this kind of base."""

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.adapters import Adapter, Site, Spectral, Update, energy
+from regraft.adapters import Adapter, Spectral, Update
 from regraft.bases import Base, open_base
-from regraft.crossing import Crossing, Progress, silent
+from regraft.crossing import Crossing, Progress, energies_of, silent
 from regraft.dialects import load_adapter, write_adapter
 from regraft.dialects.names import DIALECTS
 from regraft.errors import BadOption, NothingCarried, NotRecommended
@@ -19,7 +19,7 @@ from regraft.files.atomic import check_free
 from regraft.methods import MethodOptions, get_method
 from regraft.methods.choose import Verdict, choose
 from regraft.pairing import Pairing, pair_sites
-from regraft.parallel import in_order, single_threaded
+from regraft.parallel import single_threaded
 from regraft.result import TransferResult
 from regraft.subspaces import Dimension, SubspaceLibrary
 from regraft.versions import versions
@@ -126,7 +126,7 @@ def transfer(
     library = library or SubspaceLibrary(device=device)
     before = library.decompositions
     loaded = load_adapter(adapter, source_base)
-    energies = _energies(loaded)
+    energies = energies_of(loaded)
     total = sum(energies.values())
     if total == 0:
         raise NothingCarried(
@@ -157,9 +157,13 @@ def transfer(
         raise refusal
     used = get_method(chosen)
     result.method = used.name
-    carried = crossing.carry(used, options, rank, rank_energy, result)
+    carried = crossing.carry(used, options, rank, rank_energy)
+    result.sites = carried.sites
+    result.sites_refused |= carried.refused
+    result.energy_kept = carried.energy_kept
+    result.energy_kept_by_copy = carried.energy_kept_by_copy
     library.cache.commit()
-    if not carried.updates or result.energy_kept == 0:
+    if not carried.adapter.updates or result.energy_kept == 0:
         reasons = sorted(set(result.sites_refused.values()))[:3]
         raise NothingCarried(
             "Nothing could be carried, so nothing was written: " + "; ".join(reasons) + ".",
@@ -171,7 +175,7 @@ def transfer(
     result.dtype = _DTYPE_NAMES[stored]
     if output is not None and not dry_run:
         written = write_adapter(
-            carried,
+            carried.adapter,
             target_base,
             Path(output),
             dialect=result.dialect,
@@ -185,12 +189,6 @@ def transfer(
     if report is not None and not dry_run:
         _report(result, Path(report), overwrite)
     return result
-
-
-def _energies(loaded: Adapter) -> dict[Site, float]:
-    """‖ΔW‖² of every site."""
-    found = in_order(lambda update: energy(update.factors()), loaded.updates.values())
-    return dict(zip(loaded.updates, found, strict=True))
 
 
 def _check_options(

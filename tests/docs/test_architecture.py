@@ -14,13 +14,17 @@ SOURCE = ROOT / "src" / "regraft"
 LONGEST = 400
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 #: Packages that only one room, or one module, may import.
-OPTIONAL = {
-    "diffusers": "demo/",
-    "transformers": "demo/",
-    "peft": "demo/",
-    "PIL": "demo/",
-    "accelerate": "demo/",
-    "huggingface_hub": "files/hub.py",
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "diffusers": ("demo/", "running/"),
+    "transformers": ("demo/", "running/", "retention/encoders.py"),
+    "peft": ("demo/",),
+    "PIL": ("demo/", "retention/"),
+    "accelerate": ("demo/",),
+    "huggingface_hub": ("files/hub.py",),
+    "ot": ("subspaces/atc.py",),
+    "scipy": ("retention/fit.py",),
+    "lpips": ("retention/scorers.py",),
+    "open_clip": ("retention/scorers.py",),
 }
 
 

@@ -19,7 +19,7 @@ from regraft.errors import BadData, BadOption, CannotRun, NothingCarried, Unknow
 from regraft.methods import MethodOptions, methods
 from regraft.retention.figure import StrengthCurve
 from regraft.retention.measure import measure
-from regraft.retention.measurement import Random, Way, judge
+from regraft.retention.measurement import Random, Way, figure_text, judge
 from regraft.retention.ways import by_methods
 from regraft.subspaces import Dimension
 from tests.methods.worlds import make_world, new_library
@@ -284,7 +284,7 @@ def test_the_verdict_is_copy_when_nothing_is_better():
 def test_the_verdict_is_carry_when_another_way_is_better():
     word, best, why = verdict(copy=GOOD, lora_x=BETTER)
     assert (word, best) == ("carry", "lora-x")
-    assert "plain copying has R = 0.80" in why
+    assert "plain copying has R = 0.795" in why
 
 
 def test_the_verdict_is_dont_when_nothing_helps():
@@ -293,9 +293,16 @@ def test_the_verdict_is_dont_when_nothing_helps():
     assert "None of 2 ways" in why
 
 
+def test_a_figure_is_printed_as_finely_as_it_is_known():
+    assert figure_text("R", 0.8734, 0.021) == "R = 0.87 ± 0.02"
+    assert figure_text("R", 0.8734, 0.0021) == "R = 0.873 ± 0.002"
+    assert figure_text("relative gain", -0.1) == "relative gain = -0.10"
+    assert figure_text("loss removed", 0.12, 0.004) == "12.0 ± 0.4 % of the loss removed"
+
+
 def test_doubts_are_said():
     assert "Random updates" in verdict(copy=GOOD, random=0.9)[2]
     assert "strength 0.5" in verdict(copy=GOOD, curve=(0.9, 0.5))[2]
     noisy = [0.0, 1.9, 0.1, 1.8]
     assert "more items" in verdict(copy=noisy)[2]
-    assert verdict(copy=GOOD)[2] == "Plain copying helps: R = 0.80 ± 0.00."
+    assert verdict(copy=GOOD)[2].startswith("Plain copying helps: R = 0.795 ± 0.00")

@@ -10,6 +10,7 @@ import typer
 from regraft.cli import compare as _compare
 from regraft.cli import demo as _demo
 from regraft.cli import inspect as _inspect
+from regraft.cli import measure as _measure
 from regraft.cli import methods as _methods
 from regraft.cli import transfer as _transfer
 from regraft.cli.screen import fail
@@ -46,6 +47,7 @@ def options(
 app.command("transfer")(_transfer.transfer_command)
 app.command("inspect")(_inspect.inspect_command)
 app.command("compare")(_compare.compare_command)
+app.command("measure")(_measure.measure_command)
 app.command("methods")(_methods.methods_command)
 app.command("demo")(_demo.demo_command)
 

@@ -8,20 +8,15 @@ own saver. How they were trained: ``lab/README.md`` and ``assets/manifest.json``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import diffusers  # noqa: F401  (absent: say so before any work)
 import numpy as np
-import torch
-from diffusers import UNet2DConditionModel
+import transformers  # noqa: F401
 from safetensors import safe_open
-from transformers import CLIPTextModel, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from regraft.demo.captions import DEFAULT_CAPTIONS
+from regraft.running.emoji import EmojiPipeline, load_pipeline
 
 
 def assets_dir() -> Path:
@@ -43,43 +38,6 @@ HELDOUT: Path = assets_dir() / "heldout.safetensors"
 MANIFEST: Path = assets_dir() / "manifest.json"
 
 
-@dataclass
-class EmojiPipeline:
-    """A text-to-image base of the embedded pair, weights in float32 on the CPU.
-
-    The U-Net works on 32x32 RGB images folded 2x2 into ``[12, 16, 16]``; its condition is the
-    text encoder's last hidden state ``[8, hidden]``.
-    """
-
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    tokenizer: Any
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """A bar for a load of milliseconds is only noise; the user's setting is put back."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def load_pipeline(folder: str | Path) -> EmojiPipeline:
-    """Load a base from a diffusers-style folder (stored in float16, loaded in float32)."""
-    folder = Path(folder)
-    unet = UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
-    with _no_progress_bars():
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    return EmojiPipeline(unet.eval(), text_encoder.eval(), tokenizer)
-
-
 def load_heldout(path: str | Path = HELDOUT) -> tuple[np.ndarray, list[str]]:
     """Held-out style images (uint8 ``[n, 32, 32, 3]``) and their captions, same order."""
     with safe_open(str(path), framework="numpy") as file:
@@ -91,3 +49,18 @@ def load_heldout(path: str | Path = HELDOUT) -> tuple[np.ndarray, list[str]]:
 def default_captions() -> list[str]:
     """Eight easily recognised subjects, all held out from the style adapters' training."""
     return list(DEFAULT_CAPTIONS)
+
+
+__all__ = [
+    "ADAPTER",
+    "HELDOUT",
+    "MANIFEST",
+    "RETRAINED",
+    "SOURCE",
+    "TARGET",
+    "EmojiPipeline",
+    "assets_dir",
+    "default_captions",
+    "load_heldout",
+    "load_pipeline",
+]

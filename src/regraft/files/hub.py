@@ -9,12 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from regraft.errors import HubUnavailable
-from regraft.files.select import pick_weights
+from regraft.files.select import COMPONENTS, RUNNING_COMPONENTS, pick_weights
 from regraft.files.tensorfile import PICKLE_ENDINGS, refuse_pickle
 
+#: Ends of the small files beside the weights: always, and also to run (tokenizers).
+_SMALL = (".json",)
+_SMALL_TO_RUN = (".json", ".txt", ".model")
 
-def from_hub(repo: str, revision: str | None) -> Path:
+
+def from_hub(repo: str, revision: str | None, *, to_run: bool = False) -> Path:
     """The local snapshot of a hub repository, downloaded if need be.
+
+    ``to_run`` adds what running it needs beside the weights of its sites: VAE and tokenizer files.
 
     Raises
     ------
@@ -37,7 +43,8 @@ def from_hub(repo: str, revision: str | None) -> Path:
 
     ref = repo if revision is None else f"{repo}@{revision}"
     try:
-        return _cached(repo, revision) if constants.HF_HUB_OFFLINE else _download(repo, revision)
+        find = _cached if constants.HF_HUB_OFFLINE else _download
+        return find(repo, revision, to_run)
     except GatedRepoError as error:
         raise HubUnavailable(
             f"The hub repository {repo} is gated.",
@@ -83,7 +90,7 @@ def _unreachable(error: Exception) -> bool:
     return client or isinstance(error, ConnectionError | TimeoutError) or status >= 500
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, to_run: bool = False) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -93,8 +100,8 @@ def _download(repo: str, revision: str | None) -> Path:
     except Exception as error:
         if not _unreachable(error):
             raise
-        return _cached(repo, revision)
-    weights = pick_weights(names)
+        return _cached(repo, revision, to_run)
+    weights = pick_weights(names, RUNNING_COMPONENTS if to_run else COMPONENTS)
     if not weights:
         pickles = [n for n in names if n.endswith(PICKLE_ENDINGS)]
         if pickles:
@@ -102,11 +109,12 @@ def _download(repo: str, revision: str | None) -> Path:
         raise HubUnavailable(
             f"The hub repository {repo} holds no .safetensors weights.", fix="Check its name."
         )
-    small = [n for n in names if n.endswith(".json") and n.count("/") <= 1]
+    ends = _SMALL_TO_RUN if to_run else _SMALL
+    small = [n for n in names if n.endswith(ends) and n.count("/") <= 1]
     return Path(snapshot_download(repo, revision=revision, allow_patterns=small + weights))
 
 
-def _cached(repo: str, revision: str | None) -> Path:
+def _cached(repo: str, revision: str | None, to_run: bool = False) -> Path:
     """The snapshot in the cache. Which of its files are whole is checked when they are opened."""
     import huggingface_hub
 
@@ -125,8 +133,9 @@ def _cached(repo: str, revision: str | None) -> Path:
             raise
         names = []  # nothing known of the whole: open what is there
     here = [n for n in names if (folder / n).exists()]
-    lost = {n.rpartition("/")[0] for n in pick_weights(names)} - {
-        n.rpartition("/")[0] for n in pick_weights(here)
+    parts = RUNNING_COMPONENTS if to_run else COMPONENTS
+    lost = {n.rpartition("/")[0] for n in pick_weights(names, parts)} - {
+        n.rpartition("/")[0] for n in pick_weights(here, parts)
     }
     if lost:
         raise HubUnavailable(

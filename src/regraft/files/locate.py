@@ -42,13 +42,15 @@ def _local(ref: str) -> Path | None:
     return path
 
 
-def locate(ref: str | Path) -> Located:
+def locate(ref: str | Path, *, to_run: bool = False) -> Located:
     """Find an adapter or a base.
 
     Parameters
     ----------
     ref : str or Path
         A file, a folder, or a hub id ``org/name`` with an optional ``@revision``.
+    to_run : bool
+        From the hub, fetch also what running the base needs: VAE and tokenizer files.
 
     Raises
     ------
@@ -73,5 +75,5 @@ def locate(ref: str | Path) -> Located:
     from regraft.files.hub import from_hub
 
     repo, _, revision = text.partition("@")
-    folder = from_hub(repo, revision or None)
+    folder = from_hub(repo, revision or None, to_run=to_run)
     return Located(text, folder, repo, folder.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from regraft.errors import InputNotFound
@@ -12,6 +12,8 @@ from regraft.files.tensorfile import PICKLE_ENDINGS, refuse_pickle
 
 #: Folders of a diffusers pipeline whose weights adapters change.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+#: Folders whose weights a pipeline needs to run.
+RUNNING_COMPONENTS = (*COMPONENTS, "vae")
 
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
 _SHARD = re.compile(
@@ -20,7 +22,7 @@ _SHARD = re.compile(
 _VARIANT = re.compile(r"(?P<stem>.+)\.(?P<variant>[a-z][a-z0-9_]*)")  # model.fp16
 
 
-def pick_weights(names: Iterable[str]) -> list[str]:
+def pick_weights(names: Iterable[str], components: Sequence[str] = COMPONENTS) -> list[str]:
     """Choose the weight files of a repository, one variant per component.
 
     Rules: inside a pipeline only the component folders, not the single-file copy at the root;
@@ -35,7 +37,7 @@ def pick_weights(names: Iterable[str]) -> list[str]:
     for name in sorted(n for n in names if n.endswith(".safetensors")):
         folder, _, _file = name.rpartition("/")
         by_folder.setdefault(folder, []).append(name)
-    folders = [f for f in by_folder if f in COMPONENTS] or [""]
+    folders = [f for f in by_folder if f in components] or [""]
     return [n for folder in folders for n in one_variant(by_folder.get(folder, []))]
 
 

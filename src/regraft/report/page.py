@@ -22,7 +22,8 @@ from regraft.report.heatmap import heat_maps
 from regraft.report.loading import snippets
 from regraft.result import TransferResult
 
-_BADGES = {
+#: Verdict → class of its box, word, mark.
+BADGES = {
     "carry": ("carry", "Carry", "✓"),
     "copy": ("copy", "Copy", "="),
     "don't": ("dont", "Don’t", "✕"),
@@ -85,11 +86,11 @@ def render_report(result: TransferResult, *, gallery: Gallery | None = None) -> 
     """The page as text: a function of its arguments alone."""
     known = {m.name: m for m in methods()}.get(result.method)
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             result=result,
-            badge=_BADGES.get(result.verdict, ("dont", result.verdict, "?")),
+            badge=BADGES.get(result.verdict, ("dont", result.verdict, "?")),
             adapter=_adapter_name(result),
             source=_name(result.source),
             target=_name(result.target),
@@ -110,8 +111,9 @@ def render_report(result: TransferResult, *, gallery: Gallery | None = None) -> 
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates, with everything they print escaped and cleaned."""
+    made = Environment(
         loader=PackageLoader("regraft.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
@@ -120,12 +122,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": words.percent,
         "number": words.number,
         "plain": words.plain,
     }
-    return environment
+    return made
 
 
 def _name(base: Mapping[str, Any]) -> str:

@@ -1,0 +1,95 @@
+"""The shipped assets are those of the manifest, small, and complete enough for the battery."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from benchmarks.retention.diffusion import Diffusion
+from benchmarks.retention.family import Family
+from benchmarks.retention.language import Language
+from lab.build import PLANS
+from lab.steps import ASSETS
+
+MANIFEST: dict[str, Any] = json.loads((ASSETS / "manifest.json").read_text())
+MEGABYTES = 40
+
+
+def test_the_files_are_those_of_the_manifest() -> None:
+    found = {
+        path.relative_to(ASSETS).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in ASSETS.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    assert found == {name: entry["sha256"] for name, entry in MANIFEST["files"].items()}
+    assert sum(entry["bytes"] for entry in MANIFEST["files"].values()) < MEGABYTES * 1e6
+
+
+def test_weights_are_half_precision() -> None:
+    for path in ASSETS.rglob("*.safetensors"):
+        if path.parent.name == "data":
+            continue
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        assert kinds == {"F16"}, path
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_record_is_of_a_step_as_it_stands(kind: str) -> None:
+    plan = {step.name: json.loads(json.dumps(step.recipe)) for step in PLANS[kind]()}
+    for name, record in MANIFEST["steps"][kind].items():
+        assert record["recipe"] == plan[name], name
+        if name != "data":
+            curve = record["loss_by_tenth"]
+            assert curve[-1] < curve[0], name
+            assert record["seconds"] > 0
+            assert "seed" in record
+
+
+@pytest.mark.parametrize("family", [Diffusion, Language])
+def test_the_battery_has_what_it_needs(family: type[Family]) -> None:
+    lab = family(ASSETS / family.kind)
+    assert lab.present() == list(lab.upgrades)
+    for task in lab.tasks:
+        assert len(lab.seeds("v1", task, 8)) >= 3, "three seeds, for the spread"
+        assert lab.seeds("v1", task, 32)
+        for upgrade in lab.upgrades:
+            for rank in (8, 32):
+                assert lab.seeds(upgrade, task, rank) or lab.recorded(upgrade, task, rank)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_adapter_helps_the_base_it_was_trained_on(kind: str) -> None:
+    for name, record in MANIFEST["steps"][kind].items():
+        if "/" not in name:
+            continue
+        if kind == "diffusion":
+            bare, adapted = record["heldout_bare"], record["heldout_adapted"]
+        else:
+            bare, adapted = record["bare"]["heldout_loss"], record["adapted"]["heldout_loss"]
+        assert adapted < 0.9 * bare, name
+
+
+def test_nothing_names_the_place_it_was_made() -> None:
+    for path in ASSETS.rglob("*.json"):
+        text = path.read_text(errors="replace")
+        assert "/home/" not in text, path
+        assert "/work/" not in text, path
+        assert '_name_or_path": "/' not in text, path
+
+
+def test_no_file_is_private() -> None:
+    for path in ASSETS.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_the_texts_are_those_the_bases_were_trained_on() -> None:
+    folder = Path(__file__).parents[2] / "lab" / "data"
+    for name, entry in MANIFEST["texts"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"], name
