@@ -30,6 +30,7 @@ def write_manifest(assets: Path, runs: Path) -> dict[str, Any]:
         shop = Shop(kind, assets, runs)
         records = {step.name: shop.facts(step) for step in plan() if shop.done(step)}
         steps[kind] = {name: record for name, record in records.items() if record}
+    apart = references(assets)
     manifest: dict[str, Any] = {
         "commands": COMMANDS,
         "pictures": {
@@ -38,12 +39,19 @@ def write_manifest(assets: Path, runs: Path) -> dict[str, Any]:
         },
         "texts": hashes(Path(__file__).parent / "data", "*.xz"),
         "torch": torch.__version__,
-        "files": hashes(assets, "*"),
+        "files": {n: f for n, f in hashes(assets, "*").items() if n not in apart},
         "steps": steps,
     }
     manifest["total_bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
     (assets / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def references(assets: Path) -> set[str]:
+    """Files of retrained adapters: not part of the repository, see ``.gitignore``."""
+    found = (path for path in assets.glob("*/adapters/*/**/*") if path.is_file())
+    names = [path.relative_to(assets) for path in found]
+    return {name.as_posix() for name in names if name.parts[2] != "v1"}
 
 
 def hashes(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:

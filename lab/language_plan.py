@@ -185,7 +185,12 @@ def adapter_step(base: str, task: str, rank: int, seed: int) -> Step:
     recipe = {"base": base, "task": task, "rank": rank, "alpha": 2 * rank, "seed": 100 + seed}
     output = Path("adapters") / name if kept else Path("data")
     return Step(
-        name, output, {**recipe, **ADAPTER[task], "kept": kept}, make_adapter, ("data", base)
+        name,
+        output,
+        {**recipe, **ADAPTER[task], "kept": kept},
+        make_adapter,
+        needs=("data", base),
+        shipped=base == "v1",
     )
 
 

@@ -26,14 +26,15 @@ class Step:
     name : str
         "v1", "continued", "v1/line-r8-s0", …
     output : Path
-        Relative to the shop's assets. A record with ``kept: false`` stands for a file that was
-        only measured.
+        Relative to the shop's assets.
     recipe : dict
         Everything the result depends on besides the code and the data.
     run : callable
         Makes the output; returns the facts for the record.
     needs : tuple of str
         Steps whose outputs it reads.
+    shipped : bool
+        Whether the output is part of the repository; of the others only the record is.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Step:
     recipe: dict[str, Any]
     run: Callable[[Shop, Step], dict[str, Any]]
     needs: tuple[str, ...] = ()
+    shipped: bool = True
 
 
 @dataclass
@@ -72,8 +74,7 @@ class Shop:
         """Whether the step's output is there, and known to have been made by this recipe."""
         record = self.facts(step)
         same = record is not None and record["recipe"] == json.loads(json.dumps(step.recipe))
-        kept = record is not None and record.get("kept", True)
-        return same and ((self.assets / step.output).exists() or not kept)
+        return same and (not step.shipped or (self.assets / step.output).exists())
 
     def facts(self, step: Step) -> dict[str, Any] | None:
         """What a finished step measured: its own record, else the manifest's."""

@@ -5,39 +5,16 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
-
-from benchmarks.retention.battery import Battery, units
-from benchmarks.retention.diffusion import Diffusion
-from benchmarks.retention.evidence import Evidence, gather, write_evidence
-from benchmarks.retention.family import Family
-from benchmarks.retention.language import Language
+from benchmarks.retention.evidence import write_evidence
 from benchmarks.retention.pages import write_pages
-from benchmarks.retention.rows import Row, write_rows
-from regraft.subspaces import Cache, SubspaceLibrary
+from benchmarks.retention.references import References
+from benchmarks.retention.rows import write_rows
+from benchmarks.retention.run import FAMILIES, measure
 
 HERE = Path(__file__).parent.parent
-FAMILIES: dict[str, type[Family]] = {"diffusion": Diffusion, "language": Language}
-
-
-def measure(kind: str, assets: Path, work: Path, quick: bool) -> tuple[list[Row], list[Evidence]]:
-    """One family, in a process of its own, on one thread."""
-    torch.set_num_threads(1)
-    family = FAMILIES[kind](assets / kind, quick=quick)
-    library = SubspaceLibrary(Cache(work / "cache" / kind))
-    battery = Battery(family, work / ("quick" if quick else "full"), library)
-    rows: list[Row] = []
-    todo = list(units(family, quick=quick))
-    began = time.monotonic()
-    for done, unit in enumerate(todo, 1):
-        rows += battery.run(unit)
-        seconds = time.monotonic() - began
-        left = seconds / done * (len(todo) - done)
-        print(f"[{kind} {done}/{len(todo)}] {unit.name}: {left:.0f} s left", flush=True)
-    seen = [gather(family, upgrade, library) for upgrade in family.present()]
-    return rows, seen
 
 
 def main() -> None:
@@ -52,12 +29,18 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     kinds = [arguments.kind] if arguments.kind else sorted(FAMILIES)
-    jobs = [(kind, arguments.assets, arguments.work, arguments.quick) for kind in kinds]
+    kept = HERE / "retention_references.json"
+    jobs = [(k, arguments.assets, arguments.work, kept, arguments.quick) for k in kinds]
     # a fresh process each: threads of one family's libraries do not get in the other's way
-    with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
-        found = pool.starmap(measure, jobs)
-    rows = [row for family_rows, _ in found for row in family_rows]
-    seen = [evidence for _, family_seen in found for evidence in family_seen]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(jobs), mp_context=fresh) as pool:
+        found = list(pool.map(measure, *zip(*jobs, strict=True)))
+    rows = [row for family_rows, _, _ in found for row in family_rows]
+    seen = [evidence for _, family_seen, _ in found for evidence in family_seen]
+    references = References(kept)
+    for _, _, mine in found:
+        references.entries |= mine
+    references.write()
     write_rows(arguments.out / "retention.json", rows)
     write_evidence(arguments.out / "retention_evidence.json", seen)
     write_pages(arguments.docs, rows, seen, quick=arguments.quick)

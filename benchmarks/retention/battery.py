@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.retention.family import Family
+from benchmarks.retention.references import References, Scores
 from benchmarks.retention.rows import Row
 from benchmarks.retention.variants import RANDOM, RETRAINED, STRENGTHS, VARIANTS, Variant
 from regraft.adapters import Adapter
@@ -28,7 +29,6 @@ from regraft.transfer import transfer
 
 #: part of every unit's key: raise it when a metric or the battery itself changes
 VERSION = 1
-Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,22 @@ class Unit:
         return self.rank == 8 and self.seed == 0
 
 
-def units(family: Family, *, quick: bool = False) -> Iterator[Unit]:
-    """Every adapter on v1 over every target that is there and has a reference."""
-    for upgrade in family.present():
-        for task in family.tasks[:1] if quick else family.tasks:
-            for rank in (8,) if quick else (8, 32):
-                if not family.seeds(upgrade, task, rank):
-                    continue
-                for seed in family.seeds("v1", task, rank)[: 1 if quick else None]:
-                    yield Unit(upgrade, task, rank, seed)
-
-
 class Battery:
     """Runs units of one family; each finished unit is kept, and reused while its inputs stand.
 
     Parameters
     ----------
     work : Path
-        Finished units and the cache of decompositions.
+        Finished units.
+    references : References
+        Scores of retrained adapters from earlier runs; renewed where the files are there.
     """
 
-    def __init__(self, family: Family, work: Path, library: SubspaceLibrary) -> None:
+    def __init__(
+        self, family: Family, work: Path, library: SubspaceLibrary, references: References
+    ) -> None:
         self.family = family
+        self.known = references
         self.work = work / family.kind
         self.work.mkdir(parents=True, exist_ok=True)
         self.library = library
@@ -79,6 +73,37 @@ class Battery:
         self._scores: dict[tuple[str, str, str], Scores] = {}
         self._hits: dict[tuple[str, str], Sequence[bool]] = {}
         self._hashes: dict[Path, str] = {}
+
+    def units(self) -> Iterator[Unit]:
+        """Every adapter on v1 over every target that is there and has a reference."""
+        family = self.family
+        for upgrade in family.present():
+            for task in family.tasks[:1] if family.quick else family.tasks:
+                for rank in (8,) if family.quick else (8, 32):
+                    seeds = family.seeds("v1", task, rank)
+                    for seed in seeds[: 1 if family.quick else None]:
+                        unit = Unit(upgrade, task, rank, seed)
+                        if self.reference_seeds(unit):
+                            yield unit
+
+    def reference_seeds(self, unit: Unit) -> list[int]:
+        """Seeds of retrained adapters: those with a file, and those with kept scores."""
+        names = (unit.upgrade, unit.task, unit.rank)
+        kept = self.known.seeds(self._reference_name(unit))
+        there = [s for s in kept if self.known.get(*self._reference(unit, s)) is not None]
+        return sorted({*self.family.seeds(*names), *there, *self.family.recorded(*names)})
+
+    def _reference_name(self, unit: Unit) -> str:
+        size = "quick" if self.family.quick else "full"
+        name = f"{self.family.kind}/{unit.upgrade}/{unit.task}-r{unit.rank}"
+        return f"{name}/{size}-{'all' if unit.full else 'main'}-s"
+
+    def _reference(self, unit: Unit, seed: int) -> tuple[str, str]:
+        """The name of a reference's scores, and the hash of what they depend on."""
+        parts = [str(VERSION), *map(self._hash, self.family.data)]
+        parts.append(self._hash(self.family.base(unit.upgrade)))
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return f"{self._reference_name(unit)}{seed}", key
 
     @single_threaded()
     def run(self, unit: Unit) -> list[Row]:
@@ -100,12 +125,11 @@ class Battery:
         names = ("v1", unit.upgrade)
         paths = [*family.data, family.adapter("v1", unit.task, unit.rank, unit.seed)]
         paths += [family.base(name) for name in names]
-        paths += [
-            family.adapter(unit.upgrade, unit.task, unit.rank, seed)
-            for seed in family.seeds(unit.upgrade, unit.task, unit.rank)
-        ]
         parts = [str(VERSION), str(family.quick), repr(VARIANTS), repr(STRENGTHS)]
         parts += [self._hash(path) for path in paths]
+        for seed in self.reference_seeds(unit):
+            path = family.adapter(unit.upgrade, unit.task, unit.rank, seed)
+            parts.append(self._hash(path) if path.exists() else str(self._reference(unit, seed)))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _hash(self, path: Path) -> str:
@@ -157,17 +181,23 @@ class Battery:
 
     def references(self, unit: Unit) -> dict[int, Scores]:
         """Scores of the adapters retrained on the target, by seed."""
-        model = self.family.model(unit.upgrade)
-        found = {}
-        for seed in self.family.seeds(unit.upgrade, unit.task, unit.rank):
+        names = (unit.upgrade, unit.task, unit.rank)
+        found = self.family.recorded(*names)
+        for seed in self.reference_seeds(unit):
+            name, key = self._reference(unit, seed)
+            kept = self.known.get(name, key)
+            if seed in self.family.seeds(*names):
+                model = self.family.model(unit.upgrade)
 
-            def judged(seed: int = seed) -> Scores:
-                with applied(model, self.load(unit.upgrade, unit, seed)):
-                    return self.adapted(model, unit)
+                def judged(seed: int = seed, model: Model = model) -> Scores:
+                    with applied(model, self.load(unit.upgrade, unit, seed)):
+                        return self.adapted(model, unit)
 
-            found[seed] = self.once(unit.upgrade, f"retrained {seed}", unit, judged)
-        recorded = self.family.recorded(unit.upgrade, unit.task, unit.rank)
-        return {**recorded, **found}
+                found[seed] = self.once(unit.upgrade, f"retrained {seed}", unit, judged)
+                self.known.keep(name, key, found[seed])
+            elif kept is not None:
+                found[seed] = kept
+        return found
 
     def _measure(self, unit: Unit) -> Iterator[Row]:
         source = self.once("v1", "bare", unit, lambda: self.score(self.family.model("v1"), unit))
@@ -246,11 +276,9 @@ class Battery:
                     with applied(model, adapter, strength):
                         cheap = self.family.scores(model, unit.task)
                     yield from rows(variant.name, cheap, strength=strength, seconds=seconds)
-        if control is None:
-            first = next(iter(references))
-            control = self.load(unit.upgrade, unit, first)
-        with applied(model, random_like(control, seed=unit.seed)):
-            yield from rows(RANDOM, self.adapted(model, unit))
+        if control is not None:  # where nothing was carried there is no size to take
+            with applied(model, random_like(control, seed=unit.seed)):
+                yield from rows(RANDOM, self.adapted(model, unit))
 
     def _r(
         self, metric: str, target: float, transferred: float | None, retrained: float | None
@@ -283,7 +311,7 @@ class Battery:
                     **variant.options,
                 )
             except RegraftError as refusal:
-                return str(refusal).splitlines()[0]
+                return refusal.what
             return load_adapter(output, self.open(unit.upgrade)), result
 
     def _intruders(self, unit: Unit, adapter: Adapter) -> float:

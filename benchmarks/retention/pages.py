@@ -12,6 +12,8 @@ from benchmarks.retention.prediction import prediction_lines
 from benchmarks.retention.rows import Row
 from benchmarks.retention.summary import MAIN, Cell, curve, grid, regrets, select, upgrades
 
+#: below this mean R, no strength is worth naming
+NOTHING = 0.05
 KINDS = {"diffusion": "Text to image", "language": "Language"}
 
 HEAD = """# Retention: what survives an upgrade
@@ -128,6 +130,8 @@ def _strengths(kind: str, rows: Sequence[Row]) -> list[str]:
             best = max(found, key=lambda s: found[s])
             right = abs(best - 1) <= 0.25 or found[best] - found[1.0] <= 0.02
             note = "yes" if right else f"**no: best at {best:g}**"
+            if max(found.values()) < NOTHING:
+                note = "nothing arrives at any strength"
             body.append([method, upgrade, *(f"{found[s]:.2f}" for s in strengths), note])
     if not body:
         return []

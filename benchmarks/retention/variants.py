@@ -29,7 +29,9 @@ VARIANTS = (
     Variant("copy, by name", "copy", {"pairing": "name"}, ("pruned",), curve=False),
     Variant("lora-x", "lora-x"),
     Variant("lora-x, 90 % of energy", "lora-x", {"dimension": 0.9}, curve=False),
-    Variant("lora-x, rank order", "lora-x", {"align": "rank-order"}, ("bigger",)),
+    Variant(
+        "lora-x, rank order", "lora-x", {"align": "rank-order", "pairing": "name"}, ("bigger",)
+    ),
     Variant("prolora", "prolora"),
     Variant("prolora, cross terms", "prolora", {"cross_terms": True}),
 )

@@ -15,6 +15,7 @@ from regraft.crossing import Progress, silent
 from regraft.errors import BadOption, NotABase
 from regraft.methods import MethodOptions, methods
 from regraft.methods.choose import RELATED, PairFacts, choose
+from regraft.methods.predict import PairEvidence, predict
 from regraft.pairing import Pair, kind_of, pair_sites
 from regraft.parallel import in_order
 from regraft.subspaces import Closeness, Dimension, SubspaceLibrary
@@ -40,7 +41,11 @@ class SiteComparison:
 
 @dataclass
 class Comparison:
-    """Everything ``regraft compare`` reports."""
+    """Everything ``regraft compare`` reports.
+
+    ``keeps`` is the share of energy that each method would keep of an update without preferred
+    direction, ``predicted`` the retention R to expect of it, copying first among equals.
+    """
 
     source: dict[str, Any]
     target: dict[str, Any]
@@ -53,6 +58,7 @@ class Comparison:
     sites: list[SiteComparison] = field(default_factory=list)
     unpaired: dict[str, str] = field(default_factory=dict)
     keeps: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
     decompositions: int = 0
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
@@ -127,7 +133,8 @@ def compare(
         progress("comparing", len(found), len(paired.pairs))
     library.cache.commit()
     verdict = choose(facts)
-    evidence = {k: v for k, v in verdict.to_dict().items() if k not in ("word", "why")}
+    keeps = _mean_keeps(found)
+    evidence = {k: v for k, v in verdict.to_dict().items() if k not in ("word", "why", "predicted")}
     return Comparison(
         source=_describe(a),
         target=_describe(b),
@@ -139,7 +146,8 @@ def compare(
         dimension=str(options.dimension),
         sites=found,
         unpaired={str(s): why for s, why in paired.unpaired.items()},
-        keeps=_mean_keeps(found),
+        keeps=keeps,
+        predicted=predict(PairEvidence(verdict.cosine, verdict.coverage, keeps)),
         decompositions=library.decompositions - before,
         seconds=time.perf_counter() - started,
         versions=versions(),

@@ -41,6 +41,8 @@ class TransferResult:
         The method that was run ("none" if the verdict stopped it).
     energy_kept, energy_kept_by_copy : float
         Share of the whole adapter's energy that reached the target, and what copying would give.
+    predicted : dict
+        Retention R predicted from the weights, of plain copying and of the method that was run.
     sites_refused : dict
         Site or tensor name → reason.
     output, sha256 : str or None
@@ -60,6 +62,7 @@ class TransferResult:
     sites_refused: dict[str, str] = field(default_factory=dict)
     energy_kept: float = 0.0
     energy_kept_by_copy: float = 0.0
+    predicted: dict[str, float] = field(default_factory=dict)
     output: str | None = None
     sha256: str | None = None
     dialect: str = ""

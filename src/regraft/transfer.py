@@ -18,6 +18,7 @@ from regraft.errors import BadOption, NothingCarried, NotRecommended
 from regraft.files.atomic import check_free
 from regraft.methods import MethodOptions, get_method
 from regraft.methods.choose import Verdict, choose
+from regraft.methods.predict import CURVE
 from regraft.pairing import Pairing, pair_sites
 from regraft.parallel import single_threaded
 from regraft.result import TransferResult
@@ -162,6 +163,7 @@ def transfer(
     result.sites_refused |= carried.refused
     result.energy_kept = carried.energy_kept
     result.energy_kept_by_copy = carried.energy_kept_by_copy
+    result.predicted[used.name] = CURVE.retention(verdict.cosine, carried.energy_kept)
     library.cache.commit()
     if not carried.adapter.updates or result.energy_kept == 0:
         reasons = sorted(set(result.sites_refused.values()))[:3]
@@ -259,6 +261,7 @@ def _empty_result(
     evidence = verdict.to_dict()
     evidence.pop("why")
     evidence.pop("word")
+    predicted = evidence.pop("predicted")
     refused = {**loaded.refused, **{str(s): why for s, why in paired.unpaired.items()}}
     targets = [p.target for p in paired.pairs]
     return TransferResult(
@@ -281,6 +284,7 @@ def _empty_result(
         target=_base_facts(target, targets, library),
         evidence=evidence,
         pairing=paired.how,
+        predicted={"copy": predicted},
         sites_refused=refused,
         notes=list(loaded.notes),
         versions=versions(),

@@ -1,4 +1,4 @@
-"""The battery from end to end, on the embedded pair: one adapter, every method, page and picture."""
+"""The battery from end to end on the embedded pair: one adapter, every method, page, picture."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.retention import battery as module
-from benchmarks.retention.battery import Battery, Unit, units
+from benchmarks.retention.battery import Battery, Unit
 from benchmarks.retention.diffusion import Diffusion
 from benchmarks.retention.evidence import gather
 from benchmarks.retention.pages import write_pages
+from benchmarks.retention.references import References
 from benchmarks.retention.rows import Row
 from regraft.demo import pair
 from regraft.subspaces import Cache, SubspaceLibrary
@@ -42,8 +43,9 @@ class Embedded(Diffusion):
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Battery, list[Row]]:
     work = tmp_path_factory.mktemp("battery")
     family = Embedded(work / "diffusion", quick=True)
-    battery = Battery(family, work, SubspaceLibrary(Cache(work / "cache")))
-    assert list(units(family)) == [Unit("continued", "line", 8, 0)]
+    library = SubspaceLibrary(Cache(work / "cache"))
+    battery = Battery(family, work, library, References(work / "references.json"))
+    assert list(battery.units()) == [Unit("continued", "line", 8, 0)]
     return battery, battery.run(Unit("continued", "line", 8, 0))
 
 
@@ -56,12 +58,15 @@ def test_every_method_stands_beside_its_controls(run: tuple[Battery, list[Row]])
     assert {"copy", "lora-x", "prolora", "auto", "random", "retrained"} <= set(rows)
     assert rows["retrained"].retention == 1.0
     copied = rows["copy"].retention
-    assert copied is not None and copied > 0.7
+    assert copied is not None
+    assert copied > 0.7
     projected, control = rows["lora-x"].retention, rows["random"].retention
-    assert projected is not None and control is not None
+    assert projected is not None
+    assert control is not None
     assert control < projected < copied
     assert rows["copy"].energy_kept == 1.0
-    assert rows["lora-x"].energy_kept is not None and rows["lora-x"].energy_kept < 1.0
+    assert rows["lora-x"].energy_kept is not None
+    assert rows["lora-x"].energy_kept < 1.0
     assert rows["auto"].retention == pytest.approx(copied)
     for row in run[1]:
         assert row.target > row.retrained  # type: ignore[operator]
@@ -80,9 +85,23 @@ def test_a_finished_unit_is_not_measured_again(
     assert battery.run(unit) == []
 
 
-def test_the_page_and_the_picture_show_it(
-    run: tuple[Battery, list[Row]], tmp_path: Path
+def test_references_are_known_by_their_scores_where_their_files_are_not(
+    run: tuple[Battery, list[Row]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    battery, rows = run
+    battery.known.write()
+    kept = References(battery.known.path)
+    monkeypatch.setattr(pair, "RETRAINED", tmp_path / "gone.safetensors")
+    other = Battery(battery.family, tmp_path, battery.library, kept)
+    unit = Unit("continued", "line", 8, 0)
+    scores = other.references(unit)
+    assert scores[0]["denoising loss"] == pytest.approx(rows[0].retrained, abs=1e-6)
+    name = next(iter(kept.entries))
+    kept.entries[name]["key"] = "of another base"
+    assert list(other.units()) == []
+
+
+def test_the_page_and_the_picture_show_it(run: tuple[Battery, list[Row]], tmp_path: Path) -> None:
     battery, rows = run
     seen = [gather(battery.family, "continued", battery.library)]
     assert seen[0].facts["verdict"] == "copy"

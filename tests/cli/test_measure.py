@@ -11,11 +11,14 @@ pytest.importorskip("transformers")
 
 from regraft.demo import pair
 from tests.cli.test_cli import cli  # noqa: F401  (a fixture)
+from tests.retention.test_drawn import fast  # noqa: F401  (a fixture)
 from tests.retention.test_measure import flipped
+from tests.retention.test_scorers import dinov2_folder  # noqa: F401  (a fixture)
 
 KEYS = {
     *("verdict", "why", "best", "figure", "metric", "unit", "items", "ways", "random", "losses"),
     *("refused", "answers", "predicted", "adapter", "source", "target", "retrained", "data"),
+    "pictures",
     *("parameters", "notes", "versions", "report", "seconds"),
 }
 FEW = ("--limit", "2", "--timesteps", "1", "--strengths", "1")
@@ -48,6 +51,19 @@ def test_the_table_has_a_row_per_way_and_reference(cli):  # noqa: F811
         assert words in " ".join(out.split())
 
 
+def test_drawn_pictures_have_a_table_and_reasons_for_what_did_not_score(
+    cli,  # noqa: F811
+    dinov2_folder,  # noqa: F811
+    fast,  # noqa: F811
+):
+    code, out, err = cli(*as_it_is("--draw", "2", "--captions", "2", "--dinov2", dinov2_folder))
+    assert code == 0
+    out, err = " ".join(out.split()), " ".join(err.split())
+    assert "2 captions × 2 seeds" in out
+    assert "style similarity (DINOv2) diversity (DINOv2)" in out
+    assert "CLIP score, style similarity (CLIP), HPSv2: no weights were named" in err
+
+
 def test_quiet_says_nothing(cli):  # noqa: F811
     code, out, _ = cli(*as_it_is("--quiet"))
     assert (code, out) == (0, "")
@@ -69,6 +85,8 @@ def test_dont_exits_1_and_still_prints(cli, tmp_path):  # noqa: F811
         (("--strengths", "-1"), "not all positive"),
         (("--method", "copy"), "--from"),
         (("--limit", "0"), "not a positive number"),
+        (("--draw", "-1"), "not a positive number"),
+        (("--clip", "clip"), "no pictures to score"),
     ],
 )
 def test_what_is_wrong_exits_2_and_says_what(cli, more, says, monkeypatch, tmp_path):  # noqa: F811

@@ -57,7 +57,7 @@ def test_every_command_line_parses(page, words):
 
 @PAGES
 def test_every_option_in_the_text_exists(page):
-    named = set(re.findall(r"`(--[a-z][a-z-]*)[^`]*`", prose(page)))
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)[^`]*`", prose(page)))
     assert named <= options() | FOREIGN
 
 

@@ -10,14 +10,18 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from benchmarks.retention.battery import Battery
 from benchmarks.retention.diffusion import Diffusion
 from benchmarks.retention.family import Family
 from benchmarks.retention.language import Language
-from lab.build import PLANS
+from benchmarks.retention.references import References
+from lab.build import PLANS, references
 from lab.steps import ASSETS
+from regraft.subspaces import Cache, SubspaceLibrary
 
 MANIFEST: dict[str, Any] = json.loads((ASSETS / "manifest.json").read_text())
 MEGABYTES = 40
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_files_are_those_of_the_manifest() -> None:
@@ -26,6 +30,8 @@ def test_the_files_are_those_of_the_manifest() -> None:
         for path in ASSETS.rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
+    # retrained references lie here only where they were trained
+    found = {name: sha for name, sha in found.items() if name not in references(ASSETS)}
     assert found == {name: entry["sha256"] for name, entry in MANIFEST["files"].items()}
     assert sum(entry["bytes"] for entry in MANIFEST["files"].values()) < MEGABYTES * 1e6
 
@@ -52,15 +58,17 @@ def test_every_record_is_of_a_step_as_it_stands(kind: str) -> None:
 
 
 @pytest.mark.parametrize("family", [Diffusion, Language])
-def test_the_battery_has_what_it_needs(family: type[Family]) -> None:
+def test_the_battery_has_what_it_needs(family: type[Family], tmp_path: Path) -> None:
     lab = family(ASSETS / family.kind)
     assert lab.present() == list(lab.upgrades)
-    for task in lab.tasks:
-        assert len(lab.seeds("v1", task, 8)) >= 3, "three seeds, for the spread"
-        assert lab.seeds("v1", task, 32)
-        for upgrade in lab.upgrades:
-            for rank in (8, 32):
-                assert lab.seeds(upgrade, task, rank) or lab.recorded(upgrade, task, rank)
+    kept = References(ROOT / "benchmarks" / "retention_references.json")
+    battery = Battery(lab, tmp_path, SubspaceLibrary(Cache(tmp_path / "cache")), kept)
+    units = {(u.upgrade, u.task, u.rank, u.seed) for u in battery.units()}
+    for upgrade in lab.upgrades:
+        for task in lab.tasks:
+            for seed in range(3):  # for the spread
+                assert (upgrade, task, 8, seed) in units
+        assert [u for u in units if u[0] == upgrade and u[2] == 32]
 
 
 @pytest.mark.parametrize("kind", PLANS)
@@ -90,6 +98,6 @@ def test_no_file_is_private() -> None:
 
 
 def test_the_texts_are_those_the_bases_were_trained_on() -> None:
-    folder = Path(__file__).parents[2] / "lab" / "data"
+    folder = ROOT / "lab" / "data"
     for name, entry in MANIFEST["texts"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"], name

@@ -17,6 +17,7 @@ from regraft.demo import pair
 from regraft.demo.sampler import attach, denoising_loss, detach
 from regraft.errors import BadData, BadOption, CannotRun, NothingCarried, UnknownMethod
 from regraft.methods import MethodOptions, methods
+from regraft.retention.drawn import Drawing
 from regraft.retention.figure import StrengthCurve
 from regraft.retention.measure import measure
 from regraft.retention.measurement import Random, Way, figure_text, judge
@@ -203,6 +204,16 @@ def test_a_language_model_is_measured_in_nats_per_byte(language):
     assert (found.metric, found.items, found.answers) == ("held-out loss", 2, {})
     assert found.data["kind"] == "texts"
     assert found.parameters["timesteps"] is None
+
+
+def test_a_language_model_draws_no_pictures(language):
+    with pytest.raises(BadOption, match="draws no pictures"):
+        measure(
+            language / "adapter",
+            target=language / "base",
+            data=language / "texts.txt",
+            drawing=Drawing(2),
+        )
 
 
 def test_answers_to_prompts_are_counted(language):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -174,3 +175,14 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingDependency, match="regraft\\[demo\\]"):
         open_model(pair.SOURCE)
+
+
+@pytest.mark.parametrize("kind", ["emoji", "sd"])
+def test_opening_in_half_precision_says_nothing(kind, tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    folder = pair.TARGET if kind == "emoji" else stable_diffusion_folder(tmp_path / "sd")
+    capfd.readouterr()
+    model = open_model(folder, dtype=torch.bfloat16)
+    assert {p.dtype for m in model.modules.values() for p in m.parameters()} == {torch.bfloat16}
+    assert capfd.readouterr() == ("", "")
+    assert not [m for m in caplog.messages if "float32" in m]

@@ -86,5 +86,7 @@ def _show(found: Comparison, every: bool) -> None:
             f"{', '.join(names)}: the share of energy each keeps of an update without preferred "
             f"direction, at subspace dimension {found.dimension}. chance: Φ_l of unrelated weights."
         )
+    guesses = ", ".join(f"{name} {value:.2f}" for name, value in found.predicted.items())
+    console.print(f"predicted retention R (1: as good as retraining, 0: no adapter): {guesses}")
     if found.unpaired:
         console.print(f"{len(found.unpaired)} source site(s) have no partner (--json lists them)")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from regraft.cli.screen import clean, number, percent, print_json, progress, stderr, stdout
 from regraft.errors import BadOption
+from regraft.retention.drawn import Drawn, PictureScore, asked_for
 from regraft.retention.measure import STRENGTHS, measure
 from regraft.retention.measurement import Measurement, Way
 
@@ -57,7 +58,19 @@ def measure_command(
         int | None, typer.Option(help="Measure on the first so many items only.")
     ] = None,
     timesteps: Annotated[int, typer.Option(help="Diffusion: times per picture.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the noise and of the random control.")] = 0,
+    draw: Annotated[
+        int,
+        typer.Option(help="Diffusion: also draw so many pictures per caption by every way."),
+    ] = 0,
+    captions: Annotated[
+        int, typer.Option(help="Draw for the first so many captions of the data.")
+    ] = 8,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP to score the pictures: folder, or cached hub id.")
+    ] = None,
+    dinov2: Annotated[str | None, typer.Option(help="DINOv2, likewise.")] = None,
+    hps: Annotated[Path | None, typer.Option(help="HPSv2's checkpoint file, likewise.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise, the random control, the pictures.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -76,6 +89,7 @@ def measure_command(
             strengths=_strengths(strengths),
             limit=limit,
             timesteps=timesteps,
+            drawing=asked_for(draw, captions, clip=clip, dinov2=dinov2, hps=hps),
             seed=seed,
             device=device,
             report=report,
@@ -119,12 +133,42 @@ def _show(found: Measurement) -> None:
         }[found.figure]
         + f" Loss: {found.metric}, {found.unit}, on {found.items} items."
     )
+    if found.pictures:
+        _show_pictures(found, found.pictures)
     if found.report:
         console.print(f"The page: {clean(found.report)}", soft_wrap=True)
     for name, reason in found.refused.items():
         stderr().print(f"not measured: {name}: {clean(reason)}", soft_wrap=True)
     for note in found.notes:
         stderr().print(f"note: {clean(note)}", soft_wrap=True)
+
+
+def _show_pictures(found: Measurement, drawn: Drawn) -> None:
+    """The table of picture scores; with R beside a score where it is defined."""
+    console = stdout()
+    names = list(drawn.higher_is_better)
+    console.print(
+        f"\nPictures: {len(drawn.captions)} captions × {len(drawn.seeds)} seeds, drawn by every way"
+        + ("; more is better, R in brackets." if names else "; only the page shows them.")
+    )
+    if names:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("way", overflow="fold")
+        for name in names:
+            table.add_column(name, justify="right")
+        ways = [way.name for way in sorted(found.ways, key=lambda way: -way.figure)]
+        for row in (*ways, *(n for n in ("target", "retrained") if n in drawn.values)):
+            scores = drawn.scores(row).values()
+            table.add_row(clean(row), *(_scored(score) for score in scores))
+        console.print(table)
+    for reason in dict.fromkeys(drawn.skipped.values()):
+        these = ", ".join(name for name, why in drawn.skipped.items() if why == reason)
+        stderr().print(f"not scored: {these}: {clean(reason)}", soft_wrap=True)
+
+
+def _scored(score: PictureScore) -> str:
+    r = None if score.retention is None else score.retention.value
+    return number(score.value) + ("" if r is None else f" ({number(r, 2)})")
 
 
 def _short(found: Measurement, value: float | None, digits: int = 2) -> str:

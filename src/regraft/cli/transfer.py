@@ -9,7 +9,7 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.table import Table
 
-from regraft.cli.screen import clean, percent, print_json, progress, stderr, stdout
+from regraft.cli.screen import clean, number, percent, print_json, progress, stderr, stdout
 from regraft.errors import BadOption, NotRecommended
 from regraft.result import TransferResult
 from regraft.transfer import transfer
@@ -115,11 +115,15 @@ def _summary(result: TransferResult) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
+    copied = number(result.predicted.get("copy"), 2)
     table.add_row("method", result.method)
     table.add_row("sites carried", f"{result.sites_carried}, refused {len(result.sites_refused)}")
     table.add_row(
         "energy kept",
         f"{percent(result.energy_kept)} (plain copy {percent(result.energy_kept_by_copy)})",
+    )
+    table.add_row(
+        "predicted R", f"{number(result.predicted.get(result.method), 2)} (copy {copied})"
     )
     table.add_row("written", clean(result.output or "nothing (dry run)"))
     if result.sha256:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from regraft.methods.predict import CURVE
 from regraft.pairing import Pair
 from regraft.subspaces import Closeness
 
@@ -51,7 +52,8 @@ class PairFacts:
 class Verdict:
     """The answer to "what should be done with this adapter on this target".
 
-    ``method`` is what ``auto`` runs; for "don't" it is None.
+    ``method`` is what ``auto`` runs; for "don't" it is None. ``predicted`` is the retention R that
+    copying would have, by :mod:`regraft.methods.predict`.
     """
 
     word: VerdictWord
@@ -60,6 +62,7 @@ class Verdict:
     coverage: float
     cosine: float
     difference: float
+    predicted: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,8 +82,10 @@ def choose(facts: Sequence[PairFacts]) -> Verdict:
     cosine = sum((f.share * (f.cosine or 0.0) for f in fitting), 0.0) / weight
     difference = sum(f.share * min(f.difference or 0.0, 1e6) for f in fitting) / weight
 
+    predicted = CURVE.retention(cosine, coverage)
+
     def verdict(word: VerdictWord, method: str | None, why: str) -> Verdict:
-        return Verdict(word, method, why, coverage, cosine, difference)
+        return Verdict(word, method, why, coverage, cosine, difference, predicted)
 
     if not fitting or coverage < COVERAGE:
         return verdict(

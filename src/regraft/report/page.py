@@ -161,6 +161,9 @@ def _tiles(result: TransferResult) -> list[Tile]:
         copy = f"a plain copy keeps {words.percent(result.energy_kept_by_copy)}"
         tiles.append(Tile("Energy kept", words.percent(result.energy_kept), copy))
         tiles.append(_sites_tile(result))
+        guess = result.predicted.get(result.method)
+        if guess is not None:
+            tiles.append(Tile("Predicted R", f"{guess:.2f}", "1 as retrained, 0 as no adapter"))
     elif "coverage" in evidence:
         share = words.percent(evidence["coverage"])
         tiles.append(Tile("Has a place", share, "of the adapter, by energy"))

@@ -84,7 +84,8 @@ def retention(
         reason = f"retraining moved the metric by {gain:.3g}, not more than the margin {margin:.3g}"
     elif better is not None and (gain > 0) != (better == "higher"):
         reason = f"retraining made the metric worse, by {abs(gain):.3g}"
-    value = None if reason else (transferred - target) / gain
+    # adding 0.0 turns -0.0, of an adapter that changed nothing, into 0.0
+    value = None if reason else (transferred - target) / gain + 0.0
     return Retention(value, target, transferred, retrained, reason)
 
 

@@ -25,12 +25,13 @@ from regraft.files.atomic import check_free
 from regraft.methods import MethodOptions
 from regraft.report import write_measured
 from regraft.retention.data import read_data
+from regraft.retention.drawn import Drawing, Drawn, draw_all
 from regraft.retention.figure import Retention, StrengthCurve, mean_error, ratio_error, retention
 from regraft.retention.measurement import Answers, Measurement, Random, Way, judge
 from regraft.retention.meter import Meter, Reading, Steps
 from regraft.retention.text import negative_flips
 from regraft.retention.ways import Ways, as_it_is, by_methods
-from regraft.running import open_model, random_like
+from regraft.running import Diffusion, Model, Pictures, Texts, open_model, random_like
 from regraft.subspaces import SubspaceLibrary
 from regraft.versions import versions
 
@@ -51,6 +52,7 @@ def measure(
     options: MethodOptions | None = None,
     limit: int | None = None,
     timesteps: int = 8,
+    drawing: Drawing | None = None,
     seed: int = 0,
     device: str = "auto",
     report: str | Path | None = None,
@@ -83,8 +85,10 @@ def measure(
         Measure on the first so many items only.
     timesteps : int
         Of the denoising loss: times per picture.
+    drawing : Drawing, optional
+        Also draw pictures by every way, and score them.
     seed : int
-        Of the noise, and of the random control.
+        Of the noise, of the random control, and the first of the drawn pictures.
     device : str
         Where the bases run: "auto" (a GPU if there is one), "cpu", "cuda", …
     report : str or Path, optional
@@ -131,6 +135,7 @@ def measure(
         )
     reference = None if retrained is None else load_adapter(retrained, target_base)
     model = open_model(target_base, device=device)
+    _check_drawing(drawing, model)
     items = read_data(data, model, limit=limit)
     on_source = source_base is not None and reference is None
     steps = Steps(progress, 1 + (reference is not None) + 2 * on_source + DRAWS)
@@ -156,7 +161,11 @@ def measure(
     ]
     bare = readings["target"]
     random = Random(sum(draws) / DRAWS, tuple((bare.loss - d) / scale.size for d in draws))
-    measured = [way for way, _ in found.values()]
+    drawn = _drawn(drawing, model, items, ways, reference, seed, progress)
+    measured = [
+        way if drawn is None else replace(way, pictures=drawn.scores(way.name))
+        for way, _ in found.values()
+    ]
     losses = {name: reading.losses for name, (_, reading) in found.items()}
     verdict, best, why = judge(measured, losses, scale.figure, random)
     result = Measurement(
@@ -188,14 +197,19 @@ def measure(
             "timesteps": timesteps if model.kind == "diffusion" else None,
             "seed": seed,
             "draws": DRAWS,
+            "draw": 0 if drawing is None else drawing.seeds,
+            "captions": None if drawing is None else drawing.captions,
         },
+        pictures=drawn,
         notes=[*ways.loaded.notes, *scale.notes, *_skipped(meter)],
         versions=versions(),
         seconds=time.perf_counter() - started,
     )
     if report is not None:
         result.report = str(report)
-        write_measured(result.to_dict(), Path(report), overwrite=overwrite)
+        order = [way.name for way in sorted(measured, key=lambda way: -way.figure)]
+        gallery = None if drawn is None else drawn.gallery(order)
+        write_measured(result.to_dict(), Path(report), gallery=gallery, overwrite=overwrite)
     return result
 
 
@@ -296,6 +310,36 @@ def _answers(one: Reading, readings: dict[str, Reading]) -> Answers | None:
             better="higher",
         )
     return Answers(one.score, negative_flips(bare.answers, one.answers), found)
+
+
+def _drawn(
+    drawing: Drawing | None,
+    model: Model,
+    items: Pictures | Texts,
+    ways: Ways,
+    reference: Adapter | None,
+    seed: int,
+    progress: Progress,
+) -> Drawn | None:
+    """Pictures by the bare target, every way and the retrained adapter."""
+    if drawing is None:
+        return None
+    assert isinstance(model, Diffusion)
+    assert isinstance(items, Pictures)
+    adapters: dict[str, Adapter | None] = {"target": None}
+    adapters |= {name: carried.adapter for name, carried in ways.carried.items()}
+    if reference is not None:
+        adapters["retrained"] = reference
+    return draw_all(
+        model, items, adapters, drawing, seed=seed, step=lambda n, of: progress("drawing", n, of)
+    )
+
+
+def _check_drawing(drawing: Drawing | None, model: Model) -> None:
+    if drawing is not None and not isinstance(model, Diffusion):
+        raise BadOption(
+            f"{model.ref} is a language model: it draws no pictures.", fix="Leave out --draw."
+        )
 
 
 def _strengths(given: Sequence[float]) -> tuple[float, ...]:

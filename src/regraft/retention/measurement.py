@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from regraft.retention.drawn import Drawn, PictureScore
 from regraft.retention.figure import TOLERANCE, Retention, StrengthCurve, mean_error
 
 #: What gains are divided by, so that figures of different adapters compare.
@@ -53,6 +54,8 @@ class Way:
         Sites that this way left out, and why.
     answers : Answers or None
         For a language model with prompts.
+    pictures : dict
+        Scorer -> score of the drawn pictures, if any were drawn.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Way:
     sites: int
     refused: dict[str, str] = field(default_factory=dict)
     answers: Answers | None = None
+    pictures: dict[str, PictureScore] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -108,6 +112,8 @@ class Measurement:
         Methods that could not be tried, and why.
     predicted : dict or None
         What the weights alone say: verdict, method, why.
+    pictures : Drawn or None
+        What was drawn, and how the references score; the verdict does not depend on it.
     """
 
     verdict: str
@@ -129,6 +135,7 @@ class Measurement:
     retrained: dict[str, Any] | None
     data: dict[str, Any]
     parameters: dict[str, Any]
+    pictures: Drawn | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     report: str | None = None
@@ -148,6 +155,7 @@ class Measurement:
         """JSON form."""
         own = {**vars(self), "ways": [way.to_dict() for way in self.ways]}
         own["random"] = {**asdict(self.random), "mean": self.random.mean}
+        own["pictures"] = None if self.pictures is None else self.pictures.to_dict()
         return own
 
 

@@ -10,9 +10,11 @@ and the U-Net predicts the velocity ``e - x_0``; ``t`` in [0, 1] goes to the U-N
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.parallel import single_threaded
@@ -52,20 +54,33 @@ class EmojiPipeline:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """A bar for a load of milliseconds is only noise; the user's setting is put back."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """None of transformers' and diffusers' while a base loads; the user's setting is put back."""
+    names = ("transformers.utils.logging", "diffusers.utils.logging")
+    imported = [sys.modules[name] for name in names if name in sys.modules]
+    shown = [module for module in imported if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for module in shown:
+            module.enable_progress_bar()
+
+
+def convert(module: Any, dtype: torch.dtype) -> None:
+    """Convert a model of diffusers or transformers in place.
+
+    The argument that converts while loading is called differently across diffusers' versions, and
+    its ``to`` warns even of an empty list of modules to keep in float32; a list with something in
+    it is still warned of.
+    """
+    if module.dtype != dtype:
+        keeps = getattr(module, "_keep_in_fp32_modules", None)
+        (module.to if keeps else partial(nn.Module.to, module))(dtype)
 
 
 def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> EmojiPipeline:
-    """Load a base from its folder (stored in float16, loaded in float32).
+    """Load a base from its folder (usually stored in float16), its weights converted to ``dtype``.
 
     Raises
     ------
@@ -87,8 +102,7 @@ def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Emo
             folder / "text_encoder", dtype=dtype, use_safetensors=True
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    if unet.dtype != dtype:  # diffusers loads in float32
-        unet.to(dtype)
+    convert(unet, dtype)
     return EmojiPipeline(unet.eval(), text_encoder.eval(), tokenizer)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from regraft.errors import CannotRun
 from regraft.files import Located
 from regraft.files.select import weight_files
-from regraft.running.emoji import no_progress_bars
+from regraft.running.emoji import convert, no_progress_bars
 from regraft.running.model import Condition, Diffusion, Pictures, not_whole, optional
 
 #: ``_class_name`` in the ``model_index.json`` of the bases this module runs.
@@ -66,8 +66,7 @@ def open_stable_diffusion(
         )
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, *_text_encoders(pipeline).values()):
-        if part.dtype != dtype:
-            part.to(dtype)
+        convert(part, dtype)
     return StableDiffusion(located.ref, pipeline.to(device), schedule, device)
 
 
