@@ -275,14 +275,13 @@ def plan() -> list[Step]:
     wide = [(base, "line", 32, 0) for base in ("v1", *near)]
     references = [(target, style, 8, 0) for target in near for style in STYLES]
     big = [("bigger", style, 8, 0) for style in STYLES] + [("bigger", "line", 32, 0)]
-    more = [(t, style, 8, seed) for seed in (1, 2) for t in TARGETS for style in STYLES]
     return [
         Step("data", Path("data/line.safetensors"), {"styles": STYLES}, write_data),
         base_step("v1"),
         *(base_step(name) for name in near),
         *adapters([*first, *references, *wide]),
         base_step("bigger"),
-        *adapters([*big, *more]),
+        *adapters(big),
     ]
 
 

@@ -75,6 +75,7 @@ def test_a_lora_x_file_is_as_specified(written):
 def test_the_thresholds_are_those_of_the_code():
     for name, value in (
         ("RELATED", choose.RELATED),
+        ("LEAST", choose.LEAST),
         ("COVERAGE", choose.COVERAGE),
         ("SMALLEST_COSINE", SMALLEST_COSINE),
     ):
@@ -82,6 +83,7 @@ def test_the_thresholds_are_those_of_the_code():
         assert re.search(rf"\b{value:g}\b", row)
     assert f"coverage < {choose.COVERAGE:g}" in CHOOSING
     assert f"cosine < {choose.RELATED:g}" in CHOOSING
+    assert f"R̂ < {choose.LEAST:g}" in CHOOSING
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda m: m.name)

@@ -106,9 +106,10 @@ def test_the_plan_is_whole() -> None:
     assert len(set(names)) == len(names)
     for place, step in enumerate(plan):
         assert set(step.needs) <= set(names[:place]), step.name
-    sources = [n for n in names if n.startswith("v1/")]
-    assert len(sources) == 12  # three styles: three seeds of rank 8, one of rank 32
+    sources = {n.removeprefix("v1/") for n in names if n.startswith("v1/")}
+    styles = diffusion_plan.STYLES
+    assert sources == {f"{s}-r8-s{i}" for s in styles for i in range(3)} | {"line-r32-s0"}
+    # one reference per style and rank
+    references = {f"{s}-r8-s0" for s in styles} | {"line-r32-s0"}
     for target in diffusion_plan.TARGETS:
-        assert {n.partition("/")[2] for n in names if n.startswith(f"{target}/")} == {
-            n.partition("/")[2] for n in sources
-        }
+        assert {n.partition("/")[2] for n in names if n.startswith(f"{target}/")} == references

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from regraft.methods.choose import PairFacts, choose
+from regraft.methods.choose import LEAST, RELATED, PairFacts, choose
 
 
 def fact(share, cosine, *, difference=0.1, identical=False, by_similarity=False):
@@ -26,6 +26,20 @@ def test_a_close_relative_copies():
 def test_strangers_are_told_not_to():
     found = choose([fact(1.0, 0.01)])
     assert (found.word, found.method) == ("don't", None)
+
+
+def test_a_relative_too_far_away_is_told_apart_from_a_stranger():
+    found = choose([fact(1.0, 0.3)])
+    assert (found.word, found.method) == ("don't", None)
+    assert "too far" in found.why
+    assert 0 < RELATED < 0.3
+    assert found.predicted < LEAST
+
+
+def test_the_nearer_the_bases_the_more_is_predicted():
+    guesses = [choose([fact(1.0, cosine)]).predicted for cosine in (0.0, 0.5, 0.9, 1.0)]
+    assert guesses == sorted(guesses)
+    assert guesses[-1] == pytest.approx(1.0)
 
 
 def test_the_adapters_weight_decides_not_the_number_of_sites():
