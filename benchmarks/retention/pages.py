@@ -10,7 +10,7 @@ from benchmarks.retention.evidence import Evidence
 from benchmarks.retention.picture import draw
 from benchmarks.retention.prediction import prediction_lines
 from benchmarks.retention.rows import Row
-from benchmarks.retention.summary import MAIN, Cell, curve, grid, regrets, select, upgrades
+from benchmarks.retention.summary import MAIN, Cell, curve, grid, regrets, select, two, upgrades
 
 #: below this mean R, no strength is worth naming
 NOTHING = 0.05
@@ -28,7 +28,12 @@ seeds ± the standard deviation over seeds (lowest … highest single row).
 
 
 def write_pages(
-    docs: Path, rows: Sequence[Row], seen: Sequence[Evidence], *, quick: bool = False
+    docs: Path,
+    rows: Sequence[Row],
+    seen: Sequence[Evidence],
+    drift: Path,
+    *,
+    quick: bool = False,
 ) -> None:
     """Write ``retention.md`` and ``images/retention.png`` under ``docs``."""
     lines = [HEAD]
@@ -37,7 +42,7 @@ def write_pages(
     lines.append("![R of every method over every upgrade](images/retention.png)\n")
     for kind in [k for k in KINDS if any(r.kind == k for r in rows)]:
         lines += _kind(kind, rows, seen)
-    lines += prediction_lines(rows, seen)
+    lines += prediction_lines(rows, seen, drift)
     lines += _auto(rows)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "retention.md").write_text("\n".join(lines).rstrip() + "\n")
@@ -132,7 +137,7 @@ def _strengths(kind: str, rows: Sequence[Row]) -> list[str]:
             note = "yes" if right else f"**no: best at {best:g}**"
             if max(found.values()) < NOTHING:
                 note = "nothing arrives at any strength"
-            body.append([method, upgrade, *(f"{found[s]:.2f}" for s in strengths), note])
+            body.append([method, upgrade, *(two(found[s]) for s in strengths), note])
     if not body:
         return []
     head = ["method", "upgrade", *(f"×{s:g}" for s in strengths), "right at 1.0"]
@@ -194,12 +199,15 @@ def _evidence(kind: str, seen: Sequence[Evidence]) -> list[str]:
         "verdict": "verdict",
     }
     mine = [e for e in seen if e.kind == kind]
-    body = [
-        [e.upgrade, *(_short(e.facts.get(name)) for name in names), str(e.facts["lineage"])]
-        for e in mine
-    ]
+    body = [[e.upgrade, *(_fact(e, name) for name in names), str(e.facts["lineage"])] for e in mine]
     title = "### The bases, before any adapter is touched\n"
     return [title, *_table(["upgrade", *names.values(), "lineage"], body)]
+
+
+def _fact(seen: Evidence, name: str) -> str:
+    """One figure of a pair of bases; none where no weights could be compared."""
+    absent = name in ("cosine", "difference") and not seen.facts["coverage"]
+    return _short(None if absent else seen.facts.get(name))
 
 
 def _short(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.retention.rows import Row
-from benchmarks.retention.summary import grid, select, upgrades
+from benchmarks.retention.summary import grid, select, two, upgrades
 
 TITLES = {"diffusion": "Text to image", "language": "Language"}
 
@@ -33,8 +33,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         image = panel.imshow(numbers, cmap="RdYlGn", norm=norm, aspect="auto")
         for y, line in enumerate(means):
             for x, mean in enumerate(line):
-                text = "–" if mean is None else f"{mean:.2f}"
-                panel.text(x, y, text, ha="center", va="center", fontsize=9, color="#222222")
+                text = two(mean)
+                ink = "#ffffff" if mean is not None and abs(mean) > 0.6 else "#222222"
+                panel.text(x, y, text, ha="center", va="center", fontsize=9, color=ink)
         panel.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
         panel.set_yticks(range(len(found)), list(found))
         panel.set_title(TITLES[kind])

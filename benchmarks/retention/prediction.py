@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from benchmarks.retention.evidence import Evidence
 from benchmarks.retention.rows import Row
@@ -29,15 +31,51 @@ FIGURES = {
 }
 
 
+def drift_rows(path: Path) -> list[Observation]:
+    """Rows of ``python -m lab.drift``: copying over distances that the battery lacks."""
+    if not path.exists():
+        return []
+    return [
+        Observation(
+            group=("drift", row["stage"]),
+            method="copy",
+            cosine=row["cosine"],
+            kept=1.0,
+            retention=row["retention"],
+            figures={},
+        )
+        for row in json.loads(path.read_text())["rows"]
+    ]
+
+
+def drift_table(path: Path) -> list[str]:
+    """The same rows for reading, one line per stage."""
+    stages: dict[int, dict[str, dict[str, float]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        stages.setdefault(row["steps"], {})[row["adapter"]] = row
+    names = sorted({name for stage in stages.values() for name in stage})
+    lines = [
+        f"| steps on | cosine | moved by | {' | '.join(f'R, {n}' for n in names)} |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for steps, stage in stages.items():
+        first = stage[names[0]]
+        values = " | ".join(f"{stage[n]['retention']:.2f}" for n in names)
+        moved = f"{first['difference']:.0%}"
+        lines.append(f"| {steps} | {first['cosine']:.2f} | {moved} | {values} |")
+    return lines
+
+
 def observed(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[Observation]:
     """Rows of the main metrics joined with the evidence of their bases."""
     main = [asdict(r) for r in rows if r.metric == MAIN[r.kind]]
     return observations(main, [asdict(e) for e in seen])
 
 
-def prediction_lines(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]:
+def prediction_lines(rows: Sequence[Row], seen: Sequence[Evidence], drift: Path) -> list[str]:
     """The page's part on prediction."""
-    found = observed(rows, seen)
+    battery = observed(rows, seen)
+    found = [*battery, *drift_rows(drift)]
     groups = {o.group for o in found}
     if len(groups) < 3:
         return []
@@ -46,7 +84,7 @@ def prediction_lines(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]
     lines = [
         "## Prediction\n",
         "R̂ = kept^q · ((1 + h) · cosine^p − h), from the weights alone "
-        "(`src/regraft/methods/predict.py`).\n",
+        "(`src/regraft/methods/predict.py`), fitted to the rows above and to the drift below.\n",
         "| | |",
         "|---|---|",
         f"| rows, pairs of bases | {judged.n}, {judged.groups} |",
@@ -63,11 +101,17 @@ def prediction_lines(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]
         "| figure | rank correlation | pairs |",
         "|---|---|---|",
     ]
-    alone = figure_correlations(found)
+    alone = figure_correlations(battery)
     for name, label in FIGURES.items():
         if name in alone:
             rho, count = alone[name]
             lines.append(f"| {label} | {rho:+.2f} | {count} |")
+    if drift.exists():
+        lines += [
+            "",
+            "The drift: copying to bases trained on and on from v1 (`python -m lab.drift`).\n",
+        ]
+        lines += drift_table(drift)
     return [*lines, ""]
 
 

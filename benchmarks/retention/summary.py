@@ -37,7 +37,12 @@ class Cell:
         if self.mean is None:
             return "refused" if self.refused else "–"
         spread = "" if self.seeds_sd is None else f" ± {self.seeds_sd:.2f}"
-        return f"{self.mean:.2f}{spread} ({self.low:.2f}…{self.high:.2f})"
+        return f"{two(self.mean)}{spread} ({two(self.low)}…{two(self.high)})"
+
+
+def two(value: float | None) -> str:
+    """Two digits, and no minus in front of zero."""
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"
 
 
 def cell(rows: Sequence[Row]) -> Cell:

@@ -1,9 +1,8 @@
 """Choosing: carry, copy or don't, from what the weights show before anything is computed.
 
-The rule rests on published measurements (docs/methods/choosing.md lists them) and on the embedded
-pair. Between releases whose weights still resemble each other, plain copying keeps most of an
-adapter and the published projections keep less; between independent trainings every weight-space
-method keeps nothing or harms.
+The rule rests on the battery (docs/retention.md): between bases whose weights still resemble each
+other, plain copying kept the most of every adapter and projections less; it fades as the weights
+move apart; between independent trainings no weight-space method kept anything.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from regraft.subspaces import Closeness
 
 VerdictWord = Literal["carry", "copy", "don't"]
 
-#: Mean weight cosine from which two bases count as related. Continued trainings and fine-tunes lie
-#: above 0.9, independent trainings at 0 ± 1/√n.
-RELATED = 0.5
+#: Mean weight cosine from which two bases share an origin. Independent trainings lie at 0 ± 1/√n,
+#: the furthest relative measured at 0.51.
+RELATED = 0.1
+#: Least predicted retention that is worth a file: below it copying was no better than chance.
+LEAST = 0.1
 #: Share of the adapter's energy that must have a place on the target.
 COVERAGE = 0.3
 
@@ -100,6 +101,13 @@ def choose(facts: Sequence[PairFacts]) -> Verdict:
             None,
             f"The two bases' weights are not related (mean cosine {cosine:.3f}): they were trained "
             "independently, and neither copying nor projecting weights works between such bases.",
+        )
+    if predicted < LEAST:
+        return verdict(
+            "don't",
+            None,
+            f"The target has moved too far from the source (mean cosine {cosine:.3f}): of what an "
+            f"adapter trained there gains, copying would bring about {max(predicted, 0.0):.0%}.",
         )
     if all(f.identical for f in fitting):
         return verdict("copy", "copy", "The two bases are identical at every site it touches.")
