@@ -51,6 +51,15 @@ def test_the_table_has_a_row_per_way_and_reference(cli):  # noqa: F811
         assert words in " ".join(out.split())
 
 
+def test_names_stay_whole_in_a_narrow_terminal(cli):  # noqa: F811
+    _, out, _ = cli(*as_it_is("--from", pair.SOURCE, "--strengths", "0.25,0.5,0.75,1,1.25,1.5,2"))
+    lines = out.splitlines()
+    assert any(line.startswith("source with adapter ") for line in lines)
+    curves = lines[lines.index(next(x for x in lines if "other strengths" in x)) + 1 :]
+    assert curves[0].split() == ["way", "×0.25", "×0.5", "×0.75", "×1", "×1.25", "×1.5", "×2"]
+    assert len(curves[1].split()) == 8
+
+
 def test_drawn_pictures_have_a_table_and_reasons_for_what_did_not_score(
     cli,  # noqa: F811
     dinov2_folder,  # noqa: F811

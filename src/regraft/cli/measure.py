@@ -108,14 +108,10 @@ def _show(found: Measurement) -> None:
     console = stdout()
     console.print(f"[bold]Verdict: {found.verdict}.[/] {clean(found.why)}")
     strengths = found.parameters["strengths"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("way", overflow="fold")
-    for column in (found.figure, "±", "loss", *(["exact", "flips"] if found.answers else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    for strength in strengths if len(strengths) > 1 else ():
-        table.add_column(f"×{strength:g}", justify="right", no_wrap=True)
-    for way in sorted(found.ways, key=lambda way: -way.figure):
-        table.add_row(clean(way.name), *_cells(found, way, len(strengths) > 1))
+    ways = sorted(found.ways, key=lambda way: -way.figure)
+    table = _table(found.figure, "±", "loss", *(["exact", "flips"] if found.answers else []))
+    for way in ways:
+        table.add_row(clean(way.name), *_cells(found, way))
     drawn = found.random
     table.add_row("random", _short(found, drawn.mean), "", number(drawn.loss, 4))
     for name, loss in found.losses.items():
@@ -124,6 +120,13 @@ def _show(found: Measurement) -> None:
         more = [] if answers is None else [percent(answers)]
         table.add_row(clean(name), _short(found, whole), "", number(loss, 4), *more)
     console.print(table)
+    if len(strengths) > 1:
+        # a table of its own: with seven strengths beside the figures, names would be squeezed
+        curves = _table(*(f"×{strength:g}" for strength in strengths))
+        for way in ways:
+            curves.add_row(clean(way.name), *_curve(found, way))
+        console.print(f"\n{found.figure} at other strengths of the adapter:")
+        console.print(curves)
     console.print(
         f"{found.figure}: the gain over the bare target, divided by "
         + {
@@ -175,15 +178,28 @@ def _short(found: Measurement, value: float | None, digits: int = 2) -> str:
     return percent(value) if found.figure == "loss removed" else number(value, digits)
 
 
-def _cells(found: Measurement, way: Way, curve: bool) -> list[str]:
+def _table(*columns: str) -> Table:
+    """One row per way, figures to the right; names are never broken."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("way", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _cells(found: Measurement, way: Way) -> list[str]:
     cells = [_short(found, way.figure), _short(found, way.figure_error, 3), number(way.loss, 4)]
     if found.answers:
         own = way.answers
         pair = (None, None) if own is None else (own.score, own.negative_flips)
         cells += [percent(value) for value in pair]
-    if curve:
-        best = way.curve.best
-        for strength, value in zip(way.curve.strengths, way.curve.values, strict=True):
-            text = _short(found, value)
-            cells.append(f"[bold]{text}[/]" if strength == best else text)
     return cells
+
+
+def _curve(found: Measurement, way: Way) -> list[str]:
+    """The figure at every strength, the best in bold."""
+    best = way.curve.best
+    return [
+        f"[bold]{_short(found, value)}[/]" if strength == best else _short(found, value)
+        for strength, value in zip(way.curve.strengths, way.curve.values, strict=True)
+    ]
