@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,8 @@ def test_every_adapter_helps_the_base_it_was_trained_on(kind: str) -> None:
 
 def test_nothing_names_the_place_it_was_made() -> None:
     for path in ASSETS.rglob("*.json"):
-        text = path.read_text(errors="replace")
-        assert "/home/" not in text, path
-        assert "/work/" not in text, path
-        assert '_name_or_path": "/' not in text, path
+        found = re.search(r'"/[a-z]+/[^"]*"', path.read_text(errors="replace"))
+        assert found is None, f"{path}: {found}"
 
 
 def test_no_file_is_private() -> None:
