@@ -175,8 +175,6 @@ def _tiles(result: TransferResult) -> list[Tile]:
         tiles.append(Tile("Output", words.file_name(result.output), kind))
     else:
         tiles.append(Tile("Output", "none", "dry run" if result.dry_run else "nothing written"))
-    if result.sha256:
-        tiles.append(Tile("SHA-256", result.sha256[:12], "in full under Provenance"))
     tiles.append(Tile("Time", words.seconds(result.seconds), _decompositions(result)))
     return tiles
 
