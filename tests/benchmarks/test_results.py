@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 ROWS = read_rows(FOLDER / "retention.json")
 SEEN = read_evidence(FOLDER / "retention_evidence.json")
 
-#: what random updates of the same size reach by chance on single adapters
+#: random updates of the same size move single rows by more
 CHANCE = 0.1
 
 
