@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -56,7 +58,9 @@ def train(
         losses, spent = state["losses"], state["seconds"]
     started = time.monotonic() - spent
     last = steps if stop is None else stop
-    for step in range(len(losses), last):
+    # a bar for people; where the output goes to a file, the lines of ``log`` are enough
+    bar = track(range(len(losses), last), "training", disable=not sys.stdout.isatty())
+    for step in bar:
         rate = lr * min(1.0, (step + 1) / warmup)
         rate *= 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.005
         for group in optimiser.param_groups:

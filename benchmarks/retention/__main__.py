@@ -41,6 +41,13 @@ def main() -> None:
     for _, _, mine in found:
         references.entries |= mine
     references.write()
+    if arguments.kind and (arguments.out / "retention.json").exists():
+        # one family's run leaves the other's results as they are
+        others = read_rows(arguments.out / "retention.json")
+        rows += [row for row in others if row.kind != arguments.kind]
+        kept_seen = read_evidence(arguments.out / "retention_evidence.json")
+        seen = [*(e for e in kept_seen if e.kind != arguments.kind), *seen]
+        seen.sort(key=lambda evidence: evidence.kind)
     write_rows(arguments.out / "retention.json", rows)
     write_evidence(arguments.out / "retention_evidence.json", seen)
     # from the files, so that the page and they agree to the last digit
