@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from regraft.adapters.update import Update
@@ -14,14 +14,21 @@ class Site:
     """One weight of a base that an adapter may change.
 
     ``component`` is the part of a pipeline ("unet", "text_encoder", …; empty for a bare model),
-    ``module`` the dotted module name inside it; the weight is ``module + ".weight"``.
+    ``module`` the dotted module name inside it, ``parameter`` the parameter of that module: nearly
+    always its ``weight``, which the text form leaves out.
     """
 
     component: str
     module: str
+    parameter: str = "weight"
 
     def __str__(self) -> str:
-        return f"{self.component}.{self.module}" if self.component else self.module
+        name = f"{self.component}.{self.module}" if self.component else self.module
+        return name if self.parameter == "weight" else f"{name}.{self.parameter}".lstrip(".")
+
+    def with_parameter(self, parameter: str) -> Site:
+        """Another parameter of the same module."""
+        return replace(self, parameter=parameter)
 
 
 @dataclass

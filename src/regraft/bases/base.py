@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +15,29 @@ from regraft.errors import NonFiniteTensor
 from regraft.files import TensorFile
 from regraft.files.finite import is_finite
 
+#: Ranges of a stored tensor's rows, in order; empty means all of them.
+Rows = tuple[tuple[int, int], ...]
+
+
+class Quantised(Protocol):
+    """Numbers stored in fewer bits, and how to get them back."""
+
+    #: What users call the format, such as "bitsandbytes NF4".
+    form: str
+    #: Every tensor the numbers come from: the codes, the scales, and whatever else.
+    stored: tuple[tuple[TensorFile, str], ...]
+
+    def read(self) -> Tensor:
+        """The whole weight in fp32, in the shape the model has it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Weight:
     """One site's weight: its shape, dtype and where it lies.
 
-    ``native`` is the module name the file itself uses, where it differs from the site's.
+    ``native`` is the module name the file itself uses, where it differs from the site's. ``rows``
+    says which rows of the stored tensor are this site's, where the file fuses several.
     """
 
     site: Site
@@ -29,6 +46,25 @@ class Weight:
     file: TensorFile
     tensor: str
     native: str
+    rows: Rows = ()
+    quantised: Quantised | None = None
+
+    def read(self) -> Tensor:
+        """The weight in fp32."""
+        if self.quantised is not None:
+            whole = self.quantised.read()
+            if not self.rows:
+                return whole
+            return torch.cat([whole[first:last] for first, last in self.rows])
+        return torch.cat([f.read(t).float() for f, t in self.stored()])
+
+    def stored(self) -> list[tuple[TensorFile, str]]:
+        """Every stored tensor, or range of rows of one, that the numbers come from."""
+        if self.quantised is not None:
+            return list(self.quantised.stored)
+        if not self.rows:
+            return [(self.file, self.tensor)]
+        return [(self.file, self.file.rows_of(self.tensor, *pair)) for pair in self.rows]
 
 
 @dataclass
@@ -41,6 +77,8 @@ class Base:
         What the user called it.
     weights : mapping of Site to Weight
         Every weight of two or more dimensions, in file order of its component.
+    others : mapping of Site to Weight
+        Everything else an adapter may change: weights of one dimension, biases, bare parameters.
     configs : mapping of component to its ``config.json``
     repo, revision : str or None
         Hub id and commit, when it came from the hub.
@@ -50,11 +88,22 @@ class Base:
     path: Path
     weights: Mapping[Site, Weight]
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    others: Mapping[Site, Weight] = field(default_factory=dict)
     repo: str | None = None
     revision: str | None = None
 
     def __contains__(self, site: object) -> bool:
-        return site in self.weights
+        return site in self.weights or site in self.others
+
+    def at(self, site: Site) -> Weight:
+        """The weight at a site.
+
+        Raises
+        ------
+        KeyError
+        """
+        found = self.weights.get(site)
+        return self.others[site] if found is None else found
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -75,8 +124,8 @@ class Base:
         ------
         NonFiniteTensor
         """
-        weight = self.weights[site]
-        tensor = weight.file.read(weight.tensor).float()
+        weight = self.at(site)
+        tensor = weight.read()
         if not is_finite(tensor):
             raise NonFiniteTensor(
                 "A weight of the base holds NaN or infinity.",
@@ -88,4 +137,5 @@ class Base:
 
     def matrix(self, site: Site) -> Tensor:
         """The weight as an fp32 matrix with one row per output (convolutions flattened)."""
-        return self.read(site).flatten(1)
+        tensor = self.read(site)
+        return tensor[:, None] if tensor.ndim == 1 else tensor.flatten(1)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from regraft.adapters import Site
-from regraft.bases.base import Base, Weight
+from regraft.bases.base import Base, Rows, Weight
 from regraft.bases.open_clip import is_open_clip, to_transformers
+from regraft.bases.parameters import Parameters, parameters, tensors_of
 from regraft.bases.unet_names import to_diffusers
 from regraft.errors import MalformedFile, NotABase
-from regraft.files import Located, TensorFile, locate
+from regraft.files import Located, locate
 from regraft.files.select import COMPONENTS, weight_files
 
 #: Where single-file checkpoints keep their parts.
@@ -25,32 +26,13 @@ _SINGLE_FILE_PARTS = (
     ("cond_stage_model.model.", "text_encoder"),
     ("first_stage_model.", "vae"),
 )
-_ADAPTER_MARKS = (
-    ".lora_",
-    "lora.up.",
-    "lora.down.",
-    "lora_unet_",
-    "lora_te",
-    "lycoris_",
-    ".hada_",
-    ".lokr_",
-    ".dora_scale",
-)
-#: Tensors beside a weight that mean: the weight alone is not the number it stands for.
-_QUANTISED_MARKS = (
-    ".absmax",
-    ".quant_map",
-    ".SCB",
-    ".qweight",
-    ".weight_scale",
-    ".scale_weight",
-    ".weight_scale_inv",
-    ".weight_packed",
-)
 #: Language models whose hub checkpoints leave out the wrapper that their class puts in front.
 _WRAPPERS = {"gpt2": "transformer.", "bloom": "transformer.", "gpt_neo": "transformer."}
 
-Modules = dict[str, Weight]
+Weights = dict[Site, Weight]
+Configs = dict[str, dict[str, Any]]
+#: Sites (without component) that one stored parameter holds, and which of its rows each is.
+Named = list[tuple[Site, Rows]]
 
 
 def open_base(ref: str | Path) -> Base:
@@ -72,13 +54,21 @@ def open_base(ref: str | Path) -> Base:
     """
     located = locate(ref)
     weights, configs = (_file if located.path.is_file() else _folder)(located)
-    if not weights:
+    if not any(map(_is_matrix, weights.values())):
         raise NotABase(
             "It holds no weights an adapter could sit on.",
             file=located.path,
             fix="Give a diffusers or transformers folder, or a single .safetensors checkpoint.",
         )
-    return Base(located.ref, located.path, weights, configs, located.repo, located.revision)
+    matrices = {s: w for s, w in weights.items() if _is_matrix(w)}
+    others = {s: w for s, w in weights.items() if s not in matrices}
+    return Base(
+        located.ref, located.path, matrices, configs, others, located.repo, located.revision
+    )
+
+
+def _is_matrix(weight: Weight) -> bool:
+    return weight.site.parameter == "weight" and len(weight.shape) >= 2
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -94,69 +84,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, TensorFile]:
-    """tensor name → the file that holds it.
-
-    Raises
-    ------
-    MalformedFile
-        Two shards hold the same tensor.
-    NotABase
-        It is an adapter, or quantised.
-    """
-    found: dict[str, TensorFile] = {}
-    for path in files:
-        file = TensorFile(path)
-        for tensor, info in file.items():
-            if tensor in found:
-                raise MalformedFile(
-                    f"The tensor is in {found[tensor].path.name} as well.", file=path, tensor=tensor
-                )
-            found[tensor] = file
-            dotted = f".{tensor}"
-            if any(mark in dotted for mark in _ADAPTER_MARKS):
-                raise NotABase(
-                    "This is an adapter, not a base model.",
-                    file=path,
-                    tensor=tensor,
-                    fix="--from and --to take the models; the adapter is the first argument.",
-                )
-            whole = tensor.endswith(".weight") and len(info.shape) >= 2
-            if (whole and not info.dtype.is_floating_point) or any(
-                mark in tensor for mark in _QUANTISED_MARKS
-            ):
-                raise NotABase(
-                    "This checkpoint is quantised; quantised bases are not read yet.",
-                    file=path,
-                    tensor=tensor,
-                    fix="Give the 16-bit or 32-bit checkpoint it was made from.",
-                )
-    return found
-
-
-def _modules(tensors: Mapping[str, TensorFile], inside: str = "") -> Modules:
-    """Module name as the file has it → its weight (two or more dimensions), without ``inside``."""
-    found: Modules = {}
-    own = {t.removeprefix(inside): (t, f) for t, f in tensors.items() if t.startswith(inside)}
-    open_clip = any(map(is_open_clip, own))
-    for name, (tensor, file) in own.items():
-        info = file[tensor]
-        if open_clip:
-            native = name.removesuffix(".weight")
-            for module, rows in to_transformers(name, info.shape):
-                part = tensor if rows is None else file.rows_of(tensor, *rows)
-                found[module] = _weight(module, file, part, module if rows else native)
-        elif name.endswith(".weight") and len(info.shape) >= 2:
-            module = name.removesuffix(".weight")
-            found[module] = _weight(module, file, tensor, module)
-    return found
-
-
-def _weight(module: str, file: TensorFile, tensor: str, native: str) -> Weight:
-    info = file[tensor]
-    return Weight(Site("", module), info.shape, info.dtype, file, tensor, native)
-
-
 def _component_of(config: Mapping[str, Any], modules: Iterable[str]) -> str:
     """What part of a pipeline a bare model is: "unet", "transformer" or "" (a language model)."""
     kind = str(config.get("_class_name", ""))
@@ -169,10 +96,8 @@ def _component_of(config: Mapping[str, Any], modules: Iterable[str]) -> str:
     return ""
 
 
-def _canonical(component: str, modules: Modules, config: Mapping[str, Any]) -> dict[str, str]:
-    """Module name as the file has it → the name adapters use, where they differ."""
-    if component == "unet":
-        return to_diffusers(modules)
+def _wrapper(component: str, modules: set[str], config: Mapping[str, Any]) -> str:
+    """The wrapper that adapter files put in front of every module, where this checkpoint lacks it."""
     wrapper = ""
     if component.startswith("text_encoder"):
         # transformers 5 leaves out CLIP's wrapper; adapter files keep it.
@@ -182,50 +107,70 @@ def _canonical(component: str, modules: Modules, config: Mapping[str, Any]) -> d
         named = [str(n) for n in config.get("architectures") or []]
         bare = bool(named) and named[0].endswith("Model") and "LMHead" not in named[0]
         wrapper = "" if bare else _WRAPPERS.get(str(config.get("model_type")), "")
-    if not wrapper or any(m.startswith(wrapper) for m in modules):
-        return {}
-    return {m: wrapper + m for m in modules if not m.startswith("lm_head")}
+    return "" if any(m.startswith(wrapper) for m in modules if wrapper) else wrapper
 
 
-def _weights(component: str, modules: Modules, config: Mapping[str, Any]) -> dict[Site, Weight]:
-    names = _canonical(component, modules, config)
-    weights = {}
-    for native, weight in modules.items():
-        site = Site(component, names.get(native, native))
-        weights[site] = replace(weight, site=site)
+def _named(component: str, native: Parameters, config: Mapping[str, Any]) -> dict[Site, Named]:
+    """The sites of each stored parameter, under the names adapters use.
+
+    A parameter that fuses several is several sites, each with its rows.
+    """
+    if any(is_open_clip(s) for s in native):
+        return {s: to_transformers(s, w.shape) for s, w in native.items()}
+    modules = {s.module for s in native}
+    if component == "unet":
+        names = to_diffusers(modules)
+        return {s: [(replace(s, module=names.get(s.module, s.module)), ())] for s in native}
+    front = _wrapper(component, modules, config)
+    plain = {s: "" if s.module.startswith("lm_head") else front for s in native}
+    return {s: [(replace(s, module=front + s.module), ())] for s, front in plain.items()}
+
+
+def _weights(component: str, native: Parameters, config: Mapping[str, Any]) -> Weights:
+    weights: Weights = {}
+    for stored, named in _named(component, native, config).items():
+        weight = native[stored]
+        for bare, rows in named:
+            site = replace(bare, component=component)
+            # A site cut out of a fused weight has no name of its own in the file.
+            own = site.module if rows else weight.native
+            shape = (sum(last - first for first, last in rows), *weight.shape[1:])
+            weights[site] = replace(
+                weight, site=site, rows=rows, native=own, shape=shape if rows else weight.shape
+            )
     return weights
 
 
-def _folder(located: Located) -> tuple[dict[Site, Weight], dict[str, dict[str, Any]]]:
+def _folder(located: Located) -> tuple[Weights, Configs]:
     folder = located.path
-    weights: dict[Site, Weight] = {}
-    configs: dict[str, dict[str, Any]] = {}
+    weights: Weights = {}
+    configs: Configs = {}
     parts = [c for c in COMPONENTS if (folder / c).is_dir()]
     for part in parts:
         configs[part] = _config(folder / part)
-        modules = _modules(_tensors(weight_files(folder / part)))
-        weights |= _weights(part, modules, configs[part])
+        native = parameters(tensors_of(weight_files(folder / part)))
+        weights |= _weights(part, native, configs[part])
     if not parts:
         config = _config(folder)
-        modules = _modules(_tensors(weight_files(folder)))
-        part = _component_of(config, modules)
-        weights, configs[part] = _weights(part, modules, config), config
+        native = parameters(tensors_of(weight_files(folder)))
+        part = _component_of(config, {s.module for s in native})
+        weights, configs[part] = _weights(part, native, config), config
     return weights, configs
 
 
-def _file(located: Located) -> tuple[dict[Site, Weight], dict[str, dict[str, Any]]]:
-    tensors = _tensors([located.path])
-    weights: dict[Site, Weight] = {}
+def _file(located: Located) -> tuple[Weights, Configs]:
+    tensors = tensors_of([located.path])
+    weights: Weights = {}
     known = [(p, c) for p, c in _SINGLE_FILE_PARTS if any(t.startswith(p) for t in tensors)]
     for prefix, part in known:
         if part != "vae":
-            weights |= _weights(part, _modules(tensors, prefix), {})
+            weights |= _weights(part, parameters(tensors, prefix), {})
     if not known:
-        modules = _modules(tensors)
+        native = parameters(tensors)
         config: dict[str, Any] = {}
         if located.path.stem in ("model", "diffusion_pytorch_model"):
             config = _config(located.path.parent)  # the one file of a model's folder
-        part = _component_of(config, modules)
-        weights = _weights(part, modules, config)
+        part = _component_of(config, {s.module for s in native})
+        weights = _weights(part, native, config)
         return weights, {part: config} if config else {}
     return weights, {}

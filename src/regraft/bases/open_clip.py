@@ -7,52 +7,61 @@ transformers' CLIPTextModel does. Each then is a range of rows of the fused tens
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+
+from regraft.adapters import Site
+from regraft.bases.base import Rows
 
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _INNER = {
-    "attn.out_proj.weight": "self_attn.out_proj",
-    "mlp.c_fc.weight": "mlp.fc1",
-    "mlp.c_proj.weight": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
 }
 _TOP = {
-    "token_embedding.weight": "text_model.embeddings.token_embedding",
-    "positional_embedding": "text_model.embeddings.position_embedding",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
 }
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
-def is_open_clip(tensor: str) -> bool:
-    """Whether a tensor name is one of an OpenCLIP text encoder's."""
-    return _BLOCK.fullmatch(tensor) is not None
+def is_open_clip(stored: Site) -> bool:
+    """Whether a stored parameter is one of an OpenCLIP text encoder's."""
+    return _BLOCK.fullmatch(stored.module) is not None
 
 
-def to_transformers(
-    tensor: str, shape: tuple[int, ...]
-) -> list[tuple[str, tuple[int, int] | None]]:
-    """The modules one OpenCLIP tensor holds, in transformers' names.
+def to_transformers(stored: Site, shape: tuple[int, ...]) -> list[tuple[Site, Rows]]:
+    """The sites one OpenCLIP parameter holds, in transformers' names.
 
     Parameters
     ----------
-    tensor : str
+    stored : Site
+        Under its OpenCLIP name.
     shape : tuple of int
 
     Returns
     -------
-    list of (module, rows)
-        ``rows`` is the range of rows that is this module's, or None for all of them.
+    list of (site, rows)
+        ``rows`` is the range of rows that is this site's, or empty for all of them.
     """
-    if tensor in _TOP:
-        return [(_TOP[tensor], None)]
-    match = _BLOCK.fullmatch(tensor)
-    if match is None or len(shape) != 2:
+    if stored.module in _TOP:
+        return [(replace(stored, module=_TOP[stored.module]), ())]
+    if str(stored) == "positional_embedding":
+        return [(Site("", "text_model.embeddings.position_embedding"), ())]
+    match = _BLOCK.fullmatch(stored.module)
+    if match is None:
         return []
     layer = f"text_model.encoder.layers.{match[1]}"
-    if match[2] == "attn.in_proj_weight":
+    if match[2] == "attn" and stored.parameter.startswith("in_proj_"):
         if shape[0] % 3:
             return []
-        third = shape[0] // 3
+        third, kind = shape[0] // 3, stored.parameter.removeprefix("in_proj_")
         return [
-            (f"{layer}.self_attn.{part}", (i * third, (i + 1) * third))
+            (Site("", f"{layer}.self_attn.{part}", kind), ((i * third, (i + 1) * third),))
             for i, part in enumerate(_FUSED)
         ]
-    return [(f"{layer}.{_INNER[match[2]]}", None)] if match[2] in _INNER else []
+    if match[2] not in _INNER:
+        return []
+    return [(replace(stored, module=f"{layer}.{_INNER[match[2]]}"), ())]

@@ -57,8 +57,12 @@ class SubspaceLibrary:
 
     def content_hash(self, base: Base, site: Site) -> str:
         """Content hash of one weight."""
-        weight = base.weights[site]
-        return self.cache.content_hash(weight.file, weight.tensor)
+        weight = base.at(site)
+        parts = [self.cache.content_hash(file, tensor) for file, tensor in weight.stored()]
+        if weight.quantised is None and len(parts) == 1:
+            return parts[0]
+        form = weight.quantised.form if weight.quantised else ""
+        return hashlib.sha256(f"{form}|{weight.rows}|{'|'.join(parts)}".encode()).hexdigest()
 
     def base_hash(self, base: Base, sites: Iterable[Site]) -> str:
         """One hash over the content of the named weights: which base this really was."""
@@ -85,7 +89,7 @@ class SubspaceLibrary:
 
     def closeness(self, source: Base, s: Site, target: Base, t: Site) -> Closeness | None:
         """Cosine and relative difference of two weights; None if their shapes differ."""
-        if not same_matrix(source.weights[s].shape, target.weights[t].shape):
+        if not same_matrix(source.at(s).shape, target.at(t).shape):
             return None
         if self.same_weight(source, s, target, t):
             return Closeness(1.0, 0.0)
@@ -103,7 +107,7 @@ class SubspaceLibrary:
 
         Sides whose subspace is complete have Φ = 1.
         """
-        if not same_matrix(source.weights[s].shape, target.weights[t].shape):
+        if not same_matrix(source.at(s).shape, target.at(t).shape):
             return None
         if dimension.full or self.same_weight(source, s, target, t):
             return 1.0, 1.0
@@ -118,7 +122,7 @@ class SubspaceLibrary:
         self, source: Base, s: Site, target: Base, t: Site, dimension: Dimension
     ) -> tuple[float, float] | None:
         """Φ if it costs nothing: the same weight, or remembered from an earlier run."""
-        if not same_matrix(source.weights[s].shape, target.weights[t].shape):
+        if not same_matrix(source.at(s).shape, target.at(t).shape):
             return None
         if dimension.full or self.same_weight(source, s, target, t):
             return 1.0, 1.0
