@@ -20,13 +20,24 @@ class TaskFailed(RuntimeError):
     """A task ended with an error; its own output went to the terminal."""
 
 
-def run_task(name: str, *, cache: Path | None = None, **arguments: Any) -> dict[str, Any]:
+def run_task(
+    name: str,
+    *,
+    cache: Path | None = None,
+    module: str = "benchmarks.tasks",
+    threads: int | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
     """Run one task of :mod:`benchmarks.tasks` and return its answer.
 
     Parameters
     ----------
     cache : Path, optional
         ``REGRAFT_CACHE`` of the process.
+    module : str
+        Where the task is, if elsewhere.
+    threads : int, optional
+        ``OMP_NUM_THREADS`` of the process.
 
     Returns
     -------
@@ -36,9 +47,11 @@ def run_task(name: str, *, cache: Path | None = None, **arguments: Any) -> dict[
     environment = dict(os.environ)
     if cache is not None:
         environment["REGRAFT_CACHE"] = str(cache)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tasks", name],
+        [sys.executable, "-m", module, name],
         input=json.dumps(arguments),
         stdout=subprocess.PIPE,
         text=True,

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from regraft.adapters import Adapter, Site, Spectral, Update, compress, energy, same_matrix
+from regraft.adapters import Adapter, LowRank, RankRule, Site, Update, cut, same_matrix
 from regraft.bases import Base
-from regraft.methods import Method, MethodOptions, Refusal, SiteJob
+from regraft.methods import Method, MethodOptions, Refusal, SiteJob, get_method
 from regraft.methods.choose import PairFacts
 from regraft.pairing import Pair, Pairing, kind_of
 from regraft.parallel import in_order
@@ -39,7 +39,7 @@ class Carried:
 
 def energies_of(adapter: Adapter) -> dict[Site, float]:
     """‖ΔW‖² of every site."""
-    found = in_order(lambda update: energy(update.factors()), adapter.updates.values())
+    found = in_order(lambda update: update.energy(), adapter.updates.values())
     return dict(zip(adapter.updates, found, strict=True))
 
 
@@ -89,7 +89,7 @@ class Crossing:
     ) -> Carried:
         """Run a method at every pair, in memory.
 
-        ``rank`` and ``share`` are the output rank rule of :func:`cut`.
+        ``rank`` and ``share`` make the output rank rule, see :func:`rank_rule`.
         """
         updates: dict[Site, Update] = {}
         result = Carried(replace(self.adapter, updates=updates))
@@ -99,7 +99,7 @@ class Crossing:
             outcome = self._one(used, options, pair)
             if isinstance(outcome, Refusal):
                 return outcome
-            update = cut(outcome, self.adapter.updates[pair.source].rank, rank, share)
+            update = cut(outcome, rank_rule(self.adapter.updates[pair.source], rank, share))
             return update, self._entry(pair, update, options)
 
         for done, (pair, outcome) in enumerate(zip(pairs, in_order(work, pairs), strict=True), 1):
@@ -117,7 +117,7 @@ class Crossing:
         return result
 
     def _by_copy(self, pair: Pair) -> float:
-        source, target = self.source.weights[pair.source], self.target.weights[pair.target]
+        source, target = self.source.at(pair.source), self.target.at(pair.target)
         return 1.0 if same_matrix(source.shape, target.shape) else 0.0
 
     def _one(self, used: Method, options: MethodOptions, pair: Pair) -> Update | Refusal:
@@ -125,6 +125,9 @@ class Crossing:
         if pattern is not None:
             return Refusal(f"left out by the filter {pattern!r}")
         update = self.adapter.updates[pair.source]
+        if pair.target not in self.target.weights:
+            # A bias or a normalisation has no singular subspaces: it is copied or refused.
+            used = get_method("copy")
         job = SiteJob(
             update, self.source, pair.source, self.target, pair.target, self.library, options
         )
@@ -134,7 +137,7 @@ class Crossing:
         before = self.energies[pair.source]
         if update is self.adapter.updates[pair.source] or not before:
             return 1.0
-        return energy(update.factors()) / before
+        return update.energy() / before
 
     def _entry(self, pair: Pair, update: Update, options: MethodOptions) -> SiteResult:
         close = self.close[pair.target]
@@ -145,7 +148,7 @@ class Crossing:
             site=str(pair.target),
             source=str(pair.source),
             kind=kind_of(pair.target),
-            shape=tuple(self.target.weights[pair.target].shape),
+            shape=tuple(self.target.at(pair.target).shape),
             rank_in=self.adapter.updates[pair.source].rank,
             rank_out=update.rank,
             share=self.share[pair.target],
@@ -163,22 +166,21 @@ def _share(value: float) -> float:
     return 1.0 if abs(value - 1.0) < 1e-9 else value
 
 
-def cut(update: Update, before: int, rank: int | str | None, share: float | None) -> Update:
-    """Apply the output rank rule; an update that needs no cut is returned as it is.
+def rank_rule(before: Update, rank: int | str | None, share: float | None) -> RankRule | None:
+    """The rule for one site's output rank.
 
     Parameters
     ----------
-    before : int
-        The input's rank at this site, the limit when neither rule is given.
+    before : Update
+        The input; its rank is the limit when neither rule is given and it is a plain LoRA.
     rank : int, "full" or None
     share : float or None
         Share of the site's energy to keep.
     """
-    if isinstance(update, Spectral) and rank is None and share is None:
-        return update
-    limit = None if rank == "full" or share is not None else int(rank or before)
-    if share is None and (limit is None or update.rank <= limit):
-        return update
-    plain = update.low_rank() if isinstance(update, Spectral) else update
-    (left, right), _ = compress(plain.factors(), rank=limit, share=share)
-    return plain.with_factors(left, right, plain.shape)
+    if share is not None:
+        return RankRule("energy", share)
+    if rank == "full":
+        return None
+    if rank is not None:
+        return RankRule("rank", int(rank))
+    return RankRule("rank", before.rank) if isinstance(before, LowRank) else None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from regraft.adapters import Adapter, Spectral, Update
+from regraft.adapters import Adapter
 from regraft.bases import Base, open_base
 from regraft.crossing import Crossing, Progress, energies_of, silent
 from regraft.dialects import load_adapter, write_adapter
@@ -244,8 +244,7 @@ def _default_dialect(loaded: str, output: str | Path | None) -> str:
 
 
 def _stored_dtype(loaded: Adapter) -> torch.dtype:
-    first: Update = next(iter(loaded.updates.values()))
-    dtype = first.u.dtype if isinstance(first, Spectral) else first.up.dtype
+    dtype = next(iter(loaded.updates.values())).dtype
     return dtype if dtype in _DTYPE_NAMES else torch.float32
 
 

@@ -2,8 +2,13 @@
 
 from regraft.adapters.adapter import Adapter, Site
 from regraft.adapters.algebra import compress, energy, inner, rank_for_energy
+from regraft.adapters.cut import cut
+from regraft.adapters.ranks import RankRule
 from regraft.adapters.update import (
+    Dense,
+    Kronecker,
     LowRank,
+    Rows,
     Spectral,
     Update,
     balance,
@@ -14,12 +19,17 @@ from regraft.adapters.update import (
 
 __all__ = [
     "Adapter",
+    "Dense",
+    "Kronecker",
     "LowRank",
+    "RankRule",
+    "Rows",
     "Site",
     "Spectral",
     "Update",
     "balance",
     "compress",
+    "cut",
     "delta",
     "energy",
     "inner",

@@ -38,7 +38,13 @@ def svd_of_product(
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
     u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
-    u, vh = q_left @ u, vh @ q_right.mT
+    return fixed_signs(q_left @ u, s, vh @ q_right.mT)
+
+
+def fixed_signs(
+    u: Float[Tensor, "m q"], s: Float[Tensor, " q"], vh: Float[Tensor, "q n"]
+) -> tuple[Float[Tensor, "m q"], Float[Tensor, " q"], Float[Tensor, "q n"]]:
+    """The same decomposition with the largest entry of each column of ``u`` positive."""
     signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0])
     signs = torch.where(signs == 0, torch.ones_like(signs), signs)
     return u * signs, s, vh * signs[:, None]

@@ -1,11 +1,14 @@
-"""Updates: what an adapter does at one site, held in factors, never as a full matrix.
+"""Updates: what an adapter does at one site, held in the smallest exact form.
 
-Every update gives ``factors() -> (left, right)`` with ΔW = left @ right, scale included. ΔW is seen
-as a matrix with one row per output: a convolution weight (out, in, kh, kw) is (out, in·kh·kw).
+Every form gives ``factors() -> (left, right)`` with ΔW = left @ right, scale included, and its own
+cheapest exact decomposition. ΔW is seen as a matrix with one row per output: a convolution weight
+(out, in, kh, kw) is (out, in·kh·kw), a bias (out,) is (out, 1).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -14,11 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regraft.adapters.algebra import Factors, energy, fixed_signs, svd_of_product
 from regraft.errors import ShapeMismatch
 
 #: How a file stores the two factors of this site. ``transposed`` is GPT-2's Conv1D and
 #: ``embedding`` an embedding table: the base stores (in, out), so ΔW = (B A)ᵀ.
 Layout = Literal["linear", "conv", "transposed", "embedding"]
+
+#: Ranges of rows, in order.
+Rows = tuple[tuple[int, int], ...]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -39,7 +46,70 @@ def balance(
 
 
 @dataclass(frozen=True)
-class LowRank:
+class Spectrum:
+    """The singular values of ΔW, largest first, and its top singular vectors on request.
+
+    ``top(k)`` gives (U√S, √S Vᵀ), the best approximation of rank k.
+    """
+
+    s: Float[Tensor, " q"]
+    top: Callable[[int], Factors]
+
+
+class Update(ABC):
+    """ΔW at one site. ``shape`` is the weight's, as the base stores it."""
+
+    shape: tuple[int, ...]
+    layout: Layout
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """A bound on the rank of ΔW, known without computing it."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the file stored it in."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """(left, right) in fp32 with ΔW = left @ right."""
+
+    def energy(self) -> float:
+        """‖ΔW‖², squared Frobenius norm."""
+        return energy(self.factors())
+
+    def spectrum(self) -> Spectrum:
+        """The exact singular values and vectors, in the cheapest way this form allows."""
+        u, s, vh = svd_of_product(*self.factors())
+        root = s.sqrt()
+        return Spectrum(s, lambda k: (u[:, :k] * root[:k], root[:k, None] * vh[:k]))
+
+    def low_rank(self) -> LowRank:
+        """The same ΔW as a LoRA, scale 1."""
+        return LowRank(*balance(*self.factors()), 1.0, self.shape, self.layout)
+
+    def on(self, shape: tuple[int, ...], layout: Layout) -> Update:
+        """The same matrix as the update of a weight of another shape (linear, 1×1 convolution)."""
+        return replace(self, shape=shape, layout=layout)  # type: ignore[type-var]
+
+    def rows(self, rows: Rows) -> Update | None:
+        """The part of ΔW in some rows of a fused weight; None if it is zero there. Exact.
+
+        Directions that do not reach these rows are left out.
+        """
+        left, right = self.factors()
+        plain = LowRank(left, right, 1.0, self.shape, self.layout)
+        return plain.rows(rows)
+
+
+def _picked(tensor: Tensor, rows: Rows) -> Tensor:
+    return torch.cat([tensor[first:last] for first, last in rows])
+
+
+@dataclass(frozen=True)
+class LowRank(Update):
     """ΔW = scale · up @ down (LoRA, arXiv 2106.09685).
 
     Parameters
@@ -78,9 +148,26 @@ class LowRank:
     def rank(self) -> int:
         return self.up.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.up.dtype
+
     def factors(self) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
         """(left, right) in fp32 with ΔW = left @ right."""
         return self.up.float() * self.scale, self.down.float()
+
+    def low_rank(self) -> LowRank:
+        return self
+
+    def rows(self, rows: Rows) -> LowRank | None:
+        up = _picked(self.up, rows)
+        used = up.any(dim=0)
+        if not used.any():
+            return None
+        down = self.down
+        if not used.all():
+            up, down = up[:, used], down[used]
+        return replace(self, up=up, down=down, shape=(up.shape[0], *self.shape[1:]))
 
     def with_factors(self, left: Tensor, right: Tensor, shape: tuple[int, ...]) -> LowRank:
         """The same kind of update with other factors, scale 1, balanced norms."""
@@ -89,7 +176,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Spectral:
+class Spectral(Update):
     """ΔW = U ΔΣ Vᵀ in a pair of orthonormal bases (LoRA-X, arXiv 2501.16559, Eq. 1).
 
     Parameters
@@ -126,6 +213,10 @@ class Spectral:
         return self.u.shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.u.dtype
+
+    @property
     def diagonal(self) -> bool:
         return self.core.ndim == 1
 
@@ -134,18 +225,184 @@ class Spectral:
         u, core, v = self.u.float(), self.core.float(), self.v.float()
         return (u * core if self.diagonal else u @ core), v.mT
 
-    def low_rank(self) -> LowRank:
-        """The same ΔW as a LoRA of the same rank, scale 1."""
-        left, right = self.factors()
-        empty = LowRank(left, right, 1.0, self.shape, self.layout)
-        return empty.with_factors(left, right, self.shape)
+
+@dataclass(frozen=True)
+class Kronecker(Update):
+    """ΔW = scale · left ⊗ right (LoKr, arXiv 2212.10650 and 2309.14859).
+
+    Parameters
+    ----------
+    left : Tensor of shape (a, b)
+    right : Tensor of shape (c, d)
+        For a convolution d = in·kh·kw of its share. ΔW is (a·c, b·d).
+    """
+
+    left: Float[Tensor, "a b"]
+    right: Float[Tensor, "c d"]
+    scale: float
+    shape: tuple[int, ...]
+    layout: Layout = "linear"
+
+    def __post_init__(self) -> None:
+        (a, b), (c, d) = self.left.shape, self.right.shape
+        if (a * c, b * d) != matrix_shape(self.shape):
+            raise ShapeMismatch(
+                f"Factors {(a, b)} ⊗ {(c, d)} do not make an update of a weight {self.shape}."
+            )
+
+    @property
+    def rank(self) -> int:
+        return min(self.left.shape) * min(self.right.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.right.dtype
+
+    def energy(self) -> float:
+        norms = self.left.double().square().sum() * self.right.double().square().sum()
+        return float(norms) * self.scale**2
+
+    def factors(self) -> Factors:
+        found = self.spectrum()
+        return found.top(found.s.numel())
+
+    def spectrum(self) -> Spectrum:
+        """Singular values of a Kronecker product are the products of its factors'."""
+        u1, s1, v1 = _svd(self.left.float())
+        u2, s2, v2 = _svd(self.right.float())
+        s, order = (abs(self.scale) * torch.outer(s1, s2)).flatten().sort(descending=True)
+        count = int((s > s[0] * 1e-7).sum()) if s[0] > 0 else 1
+        s, order = s[:count], order[:count]
+        sign = -1.0 if self.scale < 0 else 1.0
+
+        def top(k: int) -> Factors:
+            i, j = order[:k] // s2.numel(), order[:k] % s2.numel()
+            root = s[:k].sqrt()
+            left = (u1[:, None, i] * u2[None, :, j]).reshape(-1, i.numel())
+            right = (v1[i][:, :, None] * v2[j][:, None, :]).reshape(i.numel(), -1)
+            return left * (sign * root), right * root[:, None]
+
+        return Spectrum(s, top)
+
+    def rows(self, rows: Rows) -> Update | None:
+        c = self.right.shape[0]
+        if all(first % c == 0 and last % c == 0 for first, last in rows):
+            left = _picked(self.left, tuple((first // c, last // c) for first, last in rows))
+            if not left.any():
+                return None
+            return replace(self, left=left, shape=(left.shape[0] * c, *self.shape[1:]))
+        return super().rows(rows)
 
 
-Update = LowRank | Spectral
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return fixed_signs(u, s, vh)
+
+
+@dataclass(frozen=True)
+class Dense(Update):
+    """ΔW as a full matrix, made when it is asked for and not kept.
+
+    For families whose ΔW has full rank or depends on the base's weight.
+
+    Parameters
+    ----------
+    make : function
+        Gives ΔW in fp32, in ``shape``.
+    trained_rank : int or None
+        The rank the file was trained at, if its family has one.
+    dtype : torch.dtype
+    """
+
+    make: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    layout: Layout = "linear"
+    trained_rank: int | None = None
+    stored: torch.dtype = torch.float32
+
+    @property
+    def rank(self) -> int:
+        return min(matrix_shape(self.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored
+
+    def matrix(self) -> Float[Tensor, "m n"]:
+        """ΔW as a matrix.
+
+        Raises
+        ------
+        ShapeMismatch
+            What was made is not of the weight's shape.
+        """
+        made = self.make()
+        if matrix_shape(tuple(made.shape)) != matrix_shape(self.shape):
+            raise ShapeMismatch(
+                f"A change {tuple(made.shape)} is not one of a weight {self.shape}."
+            )
+        return made.float().reshape(matrix_shape(self.shape))
+
+    def energy(self) -> float:
+        return float(self.matrix().double().square().sum())
+
+    def factors(self) -> Factors:
+        matrix = self.matrix()
+        m, n = matrix.shape
+        return (torch.eye(m), matrix) if m <= n else (matrix, torch.eye(n))
+
+    def spectrum(self) -> Spectrum:
+        """Through a sketch if ΔW turns out to have low rank, else through its smaller Gram matrix.
+
+        A Gram matrix in fp32 blurs singular values below about 3e-4 of the largest, together less
+        than 1e-4 of the energy; the projection on its eigenvectors is exact all the same.
+        """
+        matrix = self.matrix()
+        found = _few_directions(matrix)
+        u, s, vh = _by_gram(matrix) if found is None else svd_of_product(*found)
+        root = s.sqrt()
+        return Spectrum(s, lambda k: (u[:, :k] * root[:k], root[:k, None] * vh[:k]))
+
+    def rows(self, rows: Rows) -> Dense:
+        size = sum(last - first for first, last in rows)
+        return replace(self, make=lambda: _picked(self.make(), rows), shape=(size, *self.shape[1:]))
+
+
+def _few_directions(matrix: Tensor) -> Factors | None:
+    """(Q, QᵀM) if a few directions hold all of M to rounding, as in a merged LoRA; else None."""
+    smallest = min(matrix.shape)
+    whole = float(matrix.double().square().sum())
+    generator = torch.Generator().manual_seed(0)
+    for k in (16, 64, 256):
+        if 3 * k > smallest:
+            return None
+        sketch = matrix @ torch.randn(matrix.shape[1], k, generator=generator)
+        q = torch.linalg.qr(sketch)[0]
+        core = q.mT @ matrix
+        lost = float((matrix - q @ core).double().square().sum())
+        if lost <= 1e-12 * whole:
+            return q, core
+    return None
+
+
+def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ through the eigenvectors of M Mᵀ (or MᵀM, if that is smaller)."""
+    m, n = matrix.shape
+    if m > n:
+        u, s, vh = _by_gram(matrix.mT)
+        return fixed_signs(vh.mT, s, u.mT)
+    q = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(1)
+    core = q.mT @ matrix
+    s = core.norm(dim=1)
+    s, order = s.sort(descending=True)
+    q, core = q[:, order], core[order]
+    return fixed_signs(q, s, core / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None])
 
 
 def delta(update: Update) -> Tensor:
     """ΔW in the base's shape, fp32. For tests and small weights: it forms the full matrix."""
+    if isinstance(update, Dense):
+        return update.matrix().reshape(update.shape)
     left, right = update.factors()
     return (left @ right).reshape(update.shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,20 @@ Rows = tuple[tuple[int, int], ...]
 class Quantised(Protocol):
     """Numbers stored in fewer bits, and how to get them back."""
 
-    #: What users call the format, such as "bitsandbytes NF4".
-    form: str
-    #: Every tensor the numbers come from: the codes, the scales, and whatever else.
-    stored: tuple[tuple[TensorFile, str], ...]
+    @property
+    def form(self) -> str:
+        """What users call the format, such as "bitsandbytes NF4"."""
+        ...
+
+    @property
+    def rule(self) -> str:
+        """How numbers are made of what is stored; with its bytes, it decides them."""
+        ...
+
+    @property
+    def stored(self) -> tuple[tuple[TensorFile, str], ...]:
+        """Every tensor the numbers come from: the codes first, then scales and whatever else."""
+        ...
 
     def read(self) -> Tensor:
         """The whole weight in fp32, in the shape the model has it."""
@@ -110,12 +121,24 @@ class Base:
         return tuple(dict.fromkeys(site.component for site in self.weights))
 
     @property
+    def quantised(self) -> dict[str, int]:
+        """Form of quantised storage → how many weights have it; empty for an ordinary base."""
+        # GGUF's 16-bit weights are a Quantised too where llama.cpp reordered their rows.
+        forms = [
+            w.quantised.form
+            for w in (*self.weights.values(), *self.others.values())
+            if w.quantised is not None
+            and not (w.dtype.is_floating_point and w.quantised.form.startswith("GGUF"))
+        ]
+        return dict(Counter(forms).most_common())
+
+    @property
     def name(self) -> str:
         """What to call it in metadata and model cards: the hub id, or the file's own name."""
         if self.repo:
             return self.repo
         path = self.path.resolve()
-        return path.stem if path.suffix == ".safetensors" else path.name
+        return path.stem if path.suffix in (".safetensors", ".gguf") else path.name
 
     def read(self, site: Site) -> Tensor:
         """The weight as an fp32 tensor in its stored shape.

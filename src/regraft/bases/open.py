@@ -10,22 +10,16 @@ from typing import Any
 
 from regraft.adapters import Site
 from regraft.bases.base import Base, Rows, Weight
+from regraft.bases.native import to_canonical
+from regraft.bases.native_tables import recognise
 from regraft.bases.open_clip import is_open_clip, to_transformers
 from regraft.bases.parameters import Parameters, parameters, tensors_of
+from regraft.bases.single_file import denoiser, parts_of
 from regraft.bases.unet_names import to_diffusers
 from regraft.errors import MalformedFile, NotABase
 from regraft.files import Located, locate
 from regraft.files.select import COMPONENTS, weight_files
 
-#: Where single-file checkpoints keep their parts.
-_SINGLE_FILE_PARTS = (
-    ("model.diffusion_model.", "unet"),
-    ("conditioner.embedders.0.transformer.", "text_encoder"),
-    ("conditioner.embedders.1.model.", "text_encoder_2"),
-    ("cond_stage_model.transformer.", "text_encoder"),
-    ("cond_stage_model.model.", "text_encoder"),
-    ("first_stage_model.", "vae"),
-)
 #: Language models whose hub checkpoints leave out the wrapper that their class puts in front.
 _WRAPPERS = {"gpt2": "transformer.", "bloom": "transformer.", "gpt_neo": "transformer."}
 
@@ -42,7 +36,7 @@ def open_base(ref: str | Path) -> Base:
     ----------
     ref : str or Path
         Hub id ``org/name[@revision]``, diffusers or transformers folder (sharded or not), or a
-        single ``.safetensors`` file (diffusers names or the original names of SD 1.x, 2.x, SDXL).
+        single file (diffusers names or those of the original checkpoint).
 
     Returns
     -------
@@ -91,13 +85,11 @@ def _component_of(config: Mapping[str, Any], modules: Iterable[str]) -> str:
         return "unet"
     if "Transformer" in kind and "_diffusers_version" in config:
         return "transformer"
-    if any(m.startswith(("down_blocks.", "input_blocks.")) for m in modules):
-        return "unet"
-    return ""
+    return denoiser(modules)
 
 
 def _wrapper(component: str, modules: set[str], config: Mapping[str, Any]) -> str:
-    """The wrapper that adapter files put in front of every module, where this checkpoint lacks it."""
+    """What adapter files put in front of every module and this checkpoint leaves out."""
     wrapper = ""
     if component.startswith("text_encoder"):
         # transformers 5 leaves out CLIP's wrapper; adapter files keep it.
@@ -121,6 +113,9 @@ def _named(component: str, native: Parameters, config: Mapping[str, Any]) -> dic
     if component == "unet":
         names = to_diffusers(modules)
         return {s: [(replace(s, module=names.get(s.module, s.module)), ())] for s in native}
+    known = recognise(modules) if component == "transformer" else None
+    if known and known[1]:
+        return to_canonical(known[0], {s: w.shape for s, w in native.items()})
     front = _wrapper(component, modules, config)
     plain = {s: "" if s.module.startswith("lm_head") else front for s in native}
     return {s: [(replace(s, module=front + s.module), ())] for s, front in plain.items()}
@@ -161,10 +156,9 @@ def _folder(located: Located) -> tuple[Weights, Configs]:
 def _file(located: Located) -> tuple[Weights, Configs]:
     tensors = tensors_of([located.path])
     weights: Weights = {}
-    known = [(p, c) for p, c in _SINGLE_FILE_PARTS if any(t.startswith(p) for t in tensors)]
+    known = parts_of(tensors)
     for prefix, part in known:
-        if part != "vae":
-            weights |= _weights(part, parameters(tensors, prefix), {})
+        weights |= _weights(part, parameters(tensors, prefix), {})
     if not known:
         native = parameters(tensors)
         config: dict[str, Any] = {}

@@ -26,7 +26,7 @@ def inspect_file(ref: str | Path) -> dict[str, object]:
         And everything :func:`regraft.dialects.source.open_source` raises.
     """
     source = open_source(ref)
-    ranks: Counter[int] = Counter()
+    ranks: Counter[int | None] = Counter()
     kinds: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     alphas: Counter[str] = Counter()

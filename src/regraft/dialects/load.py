@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from regraft.adapters import Adapter, LowRank, Site, Spectral, Update
+from regraft.adapters import Adapter, LowRank, Rows, Site, Update, matrix_shape
+from regraft.adapters.families import Family, Module, get_family
 from regraft.adapters.update import Layout
 from regraft.bases import Base, open_base
-from regraft.dialects.names import PEFT_PREFIX, resolve_dotted, resolve_kohya
+from regraft.bases.native import Part
+from regraft.dialects.keys import PEFT_PREFIX
+from regraft.dialects.names import Parts, resolve
 from regraft.dialects.scale import component_config, config_scale
 from regraft.dialects.source import AdapterSource, open_source
-from regraft.errors import MalformedFile, ShapeMismatch, SitesNotInBase
+from regraft.errors import MalformedFile, RegraftError, ShapeMismatch, SitesNotInBase
 from regraft.parallel import in_order
 
 #: transformers' model types whose layers are Conv1D, which stores its weight as (in, out).
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_ENDS = (".c_attn", ".q_attn", ".c_fc", ".c_proj")
+#: Roles that stand beside any family in one module, and are a family of their own.
+_BESIDE = ("diff_b", "b_norm")
 
 
-def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
+def load_adapter(
+    ref: str | Path, base: str | Path | Base, *, allow_unknown: bool = False
+) -> Adapter:
     """Read an adapter file against the base it was made for.
 
     Parameters
@@ -30,36 +38,32 @@ def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
     ref : str or Path
         Hub id, PEFT folder, or single ``.safetensors`` file.
     base : str, Path or Base
-        The base it was trained on: names and shapes come from it.
+        The base it was trained on: names and shapes come from it, and for some families the
+        weights themselves.
+    allow_unknown : bool
+        Leave out tensors that fit no rule, and record them in ``refused``; else they are an error.
 
     Returns
     -------
     Adapter
-        Every update in factors, scale included; what is not carried is in ``refused``.
+        Every update in its exact form, scale included; what is not carried is in ``refused``.
 
     Raises
     ------
     SitesNotInBase, ShapeMismatch, MalformedFile, NonFiniteTensor
         And everything :func:`regraft.dialects.source.open_source` raises.
     """
-    source = open_source(ref)
+    source = open_source(ref, allow_unknown=allow_unknown)
     base = open_base(base) if isinstance(base, str | Path) else base
     file = str(source.path)
-    if source.dialect == "kohya":
-        resolution = resolve_kohya(source.modules, base, file)
-        by_name = resolution.sites
-    else:
-        plain = {n: n.removeprefix(PEFT_PREFIX) for n in source.modules}
-        resolution = resolve_dotted(plain.values(), base, file)
-        by_name = {n: resolution.sites[p] for n, p in plain.items() if p in resolution.sites}
-    if not by_name:
+    resolution = resolve(source.modules, base, file)
+    if not resolution.parts:
         why = next(iter(resolution.refused.values()), "no module of it is there")
         raise SitesNotInBase(
             f"Nothing of this adapter can sit on the base {base.ref}: {why}.",
             file=file,
             fix="Give the whole pipeline that this adapter was trained on.",
         )
-    _no_site_twice(by_name, file)
     hasher = ThreadPoolExecutor(1)
     sha256 = hasher.submit(source.sha256)  # beside the reading below
     hasher.shutdown(wait=False)
@@ -76,63 +80,138 @@ def load_adapter(ref: str | Path, base: str | Path | Base) -> Adapter:
     adapter.refused |= source.refused | resolution.refused
     if source.dialect == "peft" and not source.config:
         adapter.notes.append("No adapter_config.json beside the file: alpha is taken as the rank.")
-    found = in_order(lambda pair: _update(source, *pair, base), by_name.items())
-    adapter.updates = dict(zip(by_name.values(), found, strict=True))
+    found = in_order(lambda pair: _updates(source, *pair, base), resolution.parts.items())
+    whose: dict[Site, str] = {}
+    for name, updates in zip(resolution.parts, found, strict=True):
+        for site, update in updates.items():
+            if site in whose:
+                raise MalformedFile(
+                    f"Two modules of the file mean the same weight {site}: {whose[site]} and "
+                    f"{name}.",
+                    file=file,
+                    fix="Remove one of them.",
+                )
+            whose[site] = name
+            adapter.updates[site] = update
     adapter.sha256 = sha256.result()
     return adapter
 
 
-def _no_site_twice(by_name: dict[str, Site], file: str) -> None:
-    seen: dict[Site, str] = {}
-    for name, site in by_name.items():
-        if site in seen:
-            raise MalformedFile(
-                f"Two modules of the file mean the same weight {site}: {seen[site]} and {name}.",
-                file=file,
-                fix="Remove one of them.",
-            )
-        seen[site] = name
-
-
-def _update(source: AdapterSource, name: str, site: Site, base: Base) -> Update:
+def _updates(source: AdapterSource, name: str, parts: Parts, base: Base) -> dict[Site, Update]:
+    """The updates of one module of the file, each at its site."""
     roles = source.modules[name]
     read = {r: source.file.read(t, finite=True) for r, t in roles.items()}
-    shape = base.weights[site].shape
-    tensor = roles.get("down") or next(iter(roles.values()))
-    for role, factor in read.items():
-        if role != "alpha" and not factor.is_floating_point():
+    for role, tensor in read.items():
+        if role not in ("alpha", "on_input") and not tensor.is_floating_point():
             raise MalformedFile(
-                f"A factor is stored as {str(factor.dtype).removeprefix('torch.')}; quantised "
-                "adapters are not read yet.",
+                f"A factor is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised "
+                "adapters are not read.",
                 file=source.path,
                 tensor=roles[role],
                 fix="Use the adapter as it was before quantisation.",
             )
+    first = parts[0].site
     try:
-        if "core" in read:
-            return _spectral(read["u"], read["core"], read["v"], site, base)
-        if "embedding_a" in read:
-            a, b = read["embedding_a"], read["embedding_b"]
-        else:
-            a, b = read["down"], read["up"]
-        if a.ndim < 2 or b.ndim < 2 or 0 in a.shape or 0 in b.shape:
-            raise ShapeMismatch(f"Factors {tuple(a.shape)} and {tuple(b.shape)} are empty or flat.")
-        scale = _scale(source, name, site, a.shape[0], read.get("alpha"))
-        if "embedding_a" in read:
-            layout: Layout = "embedding"
-        elif len(shape) > 2:
-            layout = "conv"
-        else:
-            said = bool(source.config.get("fan_in_fan_out"))
-            layout = "transposed" if _is_turned(a, b, site, base, said) else "linear"
-        return _low_rank(a, b, scale, shape, layout)
-    except ShapeMismatch as error:
-        raise ShapeMismatch(
+        built: dict[str, Update] = {}
+        for family, own in _by_family(source, name, read):
+            built |= family.build(_module(source, name, parts, own, base))
+        placed: dict[Site, Update] = {}
+        for parameter, update in built.items():
+            placed |= _placed(update, parameter, parts, base)
+        return placed
+    except RegraftError as error:
+        if error.file:
+            raise
+        whole = " and ".join(f"{p.site} {base.at(p.site).shape}" for p in parts if p.site in base)
+        wrong = isinstance(error, ShapeMismatch)
+        raise type(error)(
             error.what,
             file=source.path,
-            tensor=tensor,
-            fix=f"The weight {site} of {base.ref} is {shape}: is this the right source base?",
+            tensor=roles.get("down") or next(iter(roles.values())),
+            fix=f"The weight {whole or first} is of {base.ref}: is this the right source base?"
+            if wrong
+            else error.fix,
         ) from None
+
+
+def _by_family(
+    source: AdapterSource, name: str, read: Mapping[str, Tensor]
+) -> list[tuple[Family, dict[str, Tensor]]]:
+    """The family of a module with its tensors; a bias change beside it is a family of its own."""
+    family = get_family(source.families[name])
+    beside = {r: t for r, t in read.items() if r in _BESIDE and family.name != "full"}
+    own = {r: t for r, t in read.items() if r not in beside}
+    found = [(family, own)]
+    if beside:
+        found.append((get_family("full"), beside))
+    return found
+
+
+def _module(
+    source: AdapterSource, name: str, parts: Parts, read: Mapping[str, Tensor], base: Base
+) -> Module:
+    first = parts[0].site
+    shapes = [base.at(p.site).shape for p in parts if p.site in base]
+    if not shapes and first.with_parameter("bias") in base:
+        shapes = [base.at(first.with_parameter("bias")).shape]
+    shape = shapes[0] if len(parts) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
+    alpha = _alpha(source, name, read.get("alpha"))
+    flat: Layout = "transposed" if _is_conv1d(first, base) else "linear"
+
+    def whole(parameter: str) -> Tensor | None:
+        """The weight or bias as the file's module means it, put together from its parts."""
+        sites = [p.site if parameter == "weight" else p.site.with_parameter("bias") for p in parts]
+        if any(site not in base for site in sites):
+            return None
+        if len(parts) == 1 and not parts[0].rows:
+            return base.read(sites[0])
+        pieces = [base.read(site) for site in sites]
+        out = torch.empty(sum(len(p) for p in pieces), *pieces[0].shape[1:])
+        for part, piece in zip(parts, pieces, strict=True):
+            start = 0
+            for begin, end in part.rows:
+                out[begin:end] = piece[start : start + end - begin]
+                start += end - begin
+        return out
+
+    def weight() -> Tensor:
+        found = whole("weight")
+        if found is None:
+            raise ShapeMismatch(f"The base has no weight {first}.")
+        return found
+
+    return Module(
+        name=name,
+        tensors={r: t for r, t in read.items() if r != "alpha"},
+        shape=shape,
+        layout="conv" if len(shape) > 2 else flat,
+        scale=lambda rank: _scale(source, name, first, rank, alpha),
+        alpha=alpha,
+        weight=weight,
+        bias=lambda: whole("bias"),
+        settings=_settings(source, name, first),
+    )
+
+
+def _placed(update: Update, parameter: str, parts: Parts, base: Base) -> dict[Site, Update]:
+    """A module's update at the site, or cut into the sites, that its name means."""
+    found: dict[Site, Update] = {}
+    for part in parts:
+        site = part.site.with_parameter(parameter) if parameter == "bias" else part.site
+        if site not in base:
+            raise ShapeMismatch(f"The base has no {site}.")
+        own = update if len(parts) == 1 and not part.rows else update.rows(_rows(part, update))
+        if own is not None:
+            found[site] = own
+    if not found:  # an update of zeros stays an update, so that nothing goes missing
+        shape = base.at(parts[0].site).shape
+        m, n = matrix_shape(shape)
+        found[parts[0].site] = LowRank(torch.zeros(m, 1), torch.zeros(1, n), 1.0, shape)
+    return found
+
+
+def _rows(part: Part, update: Update) -> Rows:
+    return part.rows or ((0, update.shape[0]),)
 
 
 def _is_conv1d(site: Site, base: Base) -> bool:
@@ -140,61 +219,35 @@ def _is_conv1d(site: Site, base: Base) -> bool:
     return kind in _CONV1D and f".{site.module}".endswith(_CONV1D_ENDS)
 
 
-def _is_turned(a: Tensor, b: Tensor, site: Site, base: Base, said: bool) -> bool:
-    """Whether the base stores this weight as (in, out).
-
-    PEFT keeps one ``fan_in_fan_out`` for all layers and goes by each layer's class, so a saved
-    flag can be wrong for a layer. The shapes decide; for a square weight the kind of model does,
-    and only then what the file says.
-    """
-    shape = base.weights[site].shape
-    out, inside = b.shape[0], math.prod(a.shape[1:])
-    straight, turned = shape == (out, inside), shape == (inside, out)
-    if straight != turned:
-        return turned
-    return _is_conv1d(site, base) or said
+def _alpha(source: AdapterSource, name: str, tensor: Tensor | None) -> float | None:
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise MalformedFile(
+            "An alpha is not a single number.",
+            file=source.path,
+            tensor=source.modules[name]["alpha"],
+        )
+    return float(tensor)
 
 
-def _spectral(u: Tensor, core: Tensor, v: Tensor, site: Site, base: Base) -> Spectral:
-    shape = base.weights[site].shape
-    if u.ndim != 2 or v.ndim != 2 or 0 in u.shape:
-        raise ShapeMismatch(f"Bases {tuple(u.shape)} and {tuple(v.shape)} are not matrices.")
-    if u.shape[1] != v.shape[1]:
-        raise ShapeMismatch(f"Bases {tuple(u.shape)} and {tuple(v.shape)} differ in rank.")
-    flat: Layout = "transposed" if _is_conv1d(site, base) else "linear"
-    return Spectral(u, core, v, shape, "conv" if len(shape) > 2 else flat)
+def _own_config(source: AdapterSource, name: str, site: Site) -> tuple[dict[str, object], str]:
+    """The settings that speak of a module, and the module's name as they know it."""
+    module = name.removeprefix(PEFT_PREFIX)
+    own = component_config(source.config, site.component)
+    if own is not source.config:
+        module = module.removeprefix(f"{site.component}.")
+    return own, module
 
 
-def _low_rank(
-    a: Tensor, b: Tensor, scale: float, shape: tuple[int, ...], layout: Layout
-) -> LowRank:
-    if a.shape[0] != b.shape[1]:
-        raise ShapeMismatch(f"Factors {tuple(a.shape)} and {tuple(b.shape)} differ in rank.")
-    if layout in ("embedding", "transposed"):
-        # The base stores (in, out): ΔW = (B A)ᵀ.
-        a, b = a.flatten(1), b.flatten(1)
-        return LowRank(a.mT.contiguous(), b.mT.contiguous(), scale, shape, layout)
-    if a.ndim > 2 and len(shape) > 2 and tuple(a.shape[1:]) != shape[1:]:
-        raise ShapeMismatch(f"A factor {tuple(a.shape)} does not fit a weight {shape}.")
-    if b.ndim > 2 and math.prod(b.shape[2:]) != 1:
-        raise ShapeMismatch(f"A factor {tuple(b.shape)} is not 1×1.")
-    return LowRank(b.flatten(1), a.flatten(1), scale, shape, layout)
+def _settings(source: AdapterSource, name: str, site: Site) -> dict[str, object]:
+    return _own_config(source, name, site)[0]
 
 
-def _scale(source: AdapterSource, name: str, site: Site, rank: int, alpha: Tensor | None) -> float:
+def _scale(source: AdapterSource, name: str, site: Site, rank: int, alpha: float | None) -> float:
     if alpha is not None:
-        if alpha.numel() != 1:
-            raise MalformedFile(
-                "An alpha is not a single number.",
-                file=source.path,
-                tensor=source.modules[name]["alpha"],
-            )
-        value = float(alpha)
-        return value / rank if value else 1.0
+        return alpha / rank if alpha else 1.0
     if source.config:
-        module = name.removeprefix(PEFT_PREFIX)
-        own = component_config(source.config, site.component)
-        if own is not source.config:
-            module = module.removeprefix(f"{site.component}.")
+        own, module = _own_config(source, name, site)
         return config_scale(own, module, rank, str(source.config_path or source.path))
     return 1.0

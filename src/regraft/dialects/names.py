@@ -1,14 +1,14 @@
-"""What each dialect calls things: suffixes, prefixes, and how a name finds its site."""
+"""How a module name in a file finds its site: looked up in the base, never guessed."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from regraft.adapters import Site
 from regraft.bases import Base
-from regraft.bases.unet_names import to_ldm
+from regraft.bases.native import Part, native_parts
+from regraft.dialects.keys import PEFT_PREFIX
 from regraft.errors import SitesNotInBase
 
 #: The dialects this version writes, with what reads them.
@@ -22,57 +22,53 @@ DIALECTS: dict[str, str] = {
 #: What a LoRA-X file says of itself in its metadata, under ``regraft.format``.
 LORA_X_FORMAT = "lora-x/1"
 
-#: Key suffix → role. A dot-free kohya module name ends at the first dot, so this is unambiguous.
-SUFFIXES: dict[str, str] = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_embedding_A": "embedding_a",
-    ".lora_embedding_B": "embedding_b",
-    ".lora_B.bias": "bias",
-    ".alpha": "alpha",
-    ".lora_x_U": "u",
-    ".lora_x_S": "core",
-    ".lora_x_V": "v",
-}
-
 #: kohya prefix → the components it may mean, most likely first.
 KOHYA_PREFIXES: dict[str, tuple[str, ...]] = {
     "lora_unet_": ("unet", "transformer", ""),
-    "lora_transformer_": ("transformer",),
+    "lora_transformer_": ("transformer", "unet", ""),
+    "lora_prior_unet_": ("prior", "unet"),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3",),
+    # SD3's T5 is its third encoder, Flux's its second; trainers call both te3.
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
     "lora_te_": ("text_encoder",),
     "lycoris_": ("unet", "transformer", ""),
 }
-PEFT_PREFIX = "base_model.model."
-#: diffusers before 0.20 hung the LoRA on the attention's processor.
-_OLD_DIFFUSERS = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+#: The same for dotted names.
+DOTTED_PREFIXES: dict[str, tuple[str, ...]] = {
+    "model.diffusion_model.": ("unet", "transformer", ""),
+    "diffusion_model.": ("unet", "transformer", ""),
+    "transformer.": ("transformer",),
+    "unet.": ("unet",),
+    "text_encoder.": ("text_encoder",),
+    "text_encoder_2.": ("text_encoder_2",),
+    "text_encoder_3.": ("text_encoder_3",),
+    "text_encoders.clip_l.transformer.": ("text_encoder",),
+    "text_encoders.clip_l.": ("text_encoder",),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2",),
+    "text_encoders.clip_g.": ("text_encoder_2",),
+    "text_encoders.t5xxl.transformer.": ("text_encoder_3", "text_encoder_2"),
+    "text_encoders.t5xxl.": ("text_encoder_3", "text_encoder_2"),
+}
+_MODELS = ("unet", "transformer", "")
 
-
-def split_key(key: str) -> tuple[str, str] | None:
-    """(module name, role) of a key, or None if no suffix is known."""
-    if old := _OLD_DIFFUSERS.fullmatch(key):
-        layer = "to_out.0" if old[2] == "to_out" else old[2]
-        return f"{old[1]}.{layer}", old[3]
-    for suffix, role in SUFFIXES.items():
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), role
-    return None
+Parts = tuple[Part, ...]
+Lookup = Callable[[str], Parts | None]
 
 
 def split_kohya(name: str) -> tuple[str, tuple[str, ...], str] | None:
     """(prefix, components it may mean, flattened module name) of a kohya module name."""
+    if "." in name:
+        return None
     for prefix, components in KOHYA_PREFIXES.items():
+        if name.startswith(prefix):
+            return prefix, components, name.removeprefix(prefix)
+    return None
+
+
+def split_dotted(name: str) -> tuple[str, tuple[str, ...], str] | None:
+    """(prefix, components it may mean, module name) of a dotted name with a component in front."""
+    for prefix, components in DOTTED_PREFIXES.items():
         if name.startswith(prefix):
             return prefix, components, name.removeprefix(prefix)
     return None
@@ -85,154 +81,198 @@ def flatten(module: str) -> str:
 
 @dataclass
 class Resolution:
-    """Names that found their site, and names refused with a reason."""
+    """Names that found their site, and names refused with a reason.
 
-    sites: dict[str, Site]
-    refused: dict[str, str]
+    A name may mean a fused weight that the base's sites divide: then it has several parts.
+    """
+
+    parts: dict[str, Parts] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     prefixed: bool = False
 
 
-def _wrapped(names: Iterable[str], known: dict[str, Site], join: str) -> dict[str, Site]:
-    """Resolve names that carry, or lack, one constant wrapper such as ``text_model``.
+class NameTable:
+    """Every name by which files may call the modules of one component."""
 
-    The wrapper is read off the first name and must then hold for every name.
-    """
-    names = list(names)
-    tries: list[Callable[[str], str | None]] = []
-    if not names:
-        return {}
-    for candidate in known:
-        if names[0].endswith(join + candidate):
-            extra = names[0].removesuffix(candidate)
-            tries.append(lambda n, e=extra: n.removeprefix(e) if n.startswith(e) else None)  # type: ignore[misc]
-        elif candidate.endswith(join + names[0]):
-            extra = candidate.removesuffix(names[0])
-            tries.append(lambda n, e=extra: e + n)  # type: ignore[misc]
-    answers = []
-    for attempt in tries:
-        found = {n: known[t] for n in names if (t := attempt(n)) is not None and t in known}
-        if len(found) == len(names) and found not in answers:
-            answers.append(found)
-    return answers[0] if len(answers) == 1 else {}
+    def __init__(self, base: Base, component: str) -> None:
+        self.component = component
+        self.dotted: dict[str, Parts] = {}
+        self._flat: dict[str, set[Parts]] = {}
+        for site in (*base.weights, *base.others):
+            if site.component == component:
+                weight = base.at(site)
+                own = _module_site(site)
+                self._add(_called(site.module, site.parameter), (Part(own, ()),))
+                if weight.native != site.module and not weight.rows:
+                    self._add(_called(weight.native, site.parameter), (Part(own, ()),))
+        for (module, parameter), parts in native_parts(base, component).items():
+            whole = tuple(Part(_module_site(p.site), p.rows) for p in parts)
+            self._add(_called(module, parameter), whole)
 
+    def _add(self, name: str, parts: Parts) -> None:
+        if name and name not in self.dotted:
+            self.dotted[name] = parts
+            self._flat.setdefault(flatten(name), set()).add(parts)
 
-def _tables(
-    base: Base,
-) -> tuple[dict[str, dict[str, Site]], dict[str, dict[str, set[Site]]]]:
-    """Per component: dotted names, and flattened names with every site they could mean."""
-    dotted: dict[str, dict[str, Site]] = {}
-    flat: dict[str, dict[str, set[Site]]] = {}
-    for component in base.components:
-        sites = [s for s in base.weights if s.component == component]
-        ldm = to_ldm(s.module for s in sites) if component == "unet" else {}
-        table: dict[str, Site] = {}
-        flats: dict[str, set[Site]] = {}
-        for site in sites:
-            names = {site.module, base.weights[site].native}
-            if site.module in ldm:
-                names.add(ldm[site.module])
-            for name in names:
-                table[name] = site
-                flats.setdefault(flatten(name), set()).add(site)
-        dotted[component], flat[component] = table, flats
-    return dotted, flat
+    def flat(self, name: str) -> Parts | None:
+        """What a flattened name means.
 
-
-def resolve_kohya(names: Iterable[str], base: Base, file: str) -> Resolution:
-    """Find the site of each kohya name by flattening the base's real module names.
-
-    Raises
-    ------
-    SitesNotInBase
-        The base has the component but not the module, or two modules flatten to the same name.
-    """
-    _, tables = _tables(base)
-    result = Resolution({}, {})
-    missing: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        split = split_kohya(name)
-        if split is None:
-            raise SitesNotInBase(
-                "A module name has no prefix that kohya files use.",
-                file=file,
-                tensor=name,
-                fix=f"Known prefixes: {', '.join(KOHYA_PREFIXES)}.",
-            )
-        _, components, flat = split
-        present = [c for c in components if c in tables]
-        if not present:
-            wanted = components[0] or "model"
-            result.refused[name] = f"the source base was opened without its {wanted}"
-            continue
-        found = tables[present[0]].get(flat, set())
+        Raises
+        ------
+        SitesNotInBase
+            Two modules flatten to it.
+        """
+        found = self._flat.get(name, set())
         if len(found) > 1:
+            meant = sorted(str(part.site) for parts in found for part in parts)
             raise SitesNotInBase(
-                "Two modules of the base flatten to this name: "
-                f"{', '.join(sorted(map(str, found)))}.",
-                file=file,
+                f"Two modules of the base flatten to this name: {', '.join(meant)}.",
                 tensor=name,
                 fix="Save the adapter with dotted names (PEFT or diffusers) instead.",
             )
-        if found:
-            result.sites[name] = next(iter(found))
-        else:
-            missing.setdefault(present[0], []).append((name, flat))
-    for component, pairs in missing.items():
-        known = {f: next(iter(s)) for f, s in tables[component].items() if len(s) == 1}
-        found_wrapped = _wrapped([f for _, f in pairs], known, "_")
-        for name, flat in pairs:
-            if flat in found_wrapped:
-                result.sites[name] = found_wrapped[flat]
-    _all_found([n for pairs in missing.values() for n, _ in pairs], result.sites, base, file)
-    return result
+        return next(iter(found), None)
+
+    def wrapped(self, names: list[str], *, flat: bool) -> dict[str, Parts]:
+        """Resolve names that carry, or lack, one constant wrapper such as ``text_model``.
+
+        The wrapper is read off the first name and must then hold for every name.
+        """
+        if not names:
+            return {}
+        known: Iterable[str] = self._flat if flat else self.dotted
+        look: Lookup = self._only if flat else self.dotted.get
+        join, first = "_" if flat else ".", names[0]
+        answers: list[dict[str, Parts]] = []
+        for candidate in known:
+            if first.endswith(join + candidate):
+                extra = first.removesuffix(candidate)
+                tried = {n: look(n.removeprefix(extra)) for n in names if n.startswith(extra)}
+            elif candidate.endswith(join + first):
+                extra = candidate.removesuffix(first)
+                tried = {n: look(extra + n) for n in names}
+            else:
+                continue
+            found = {n: parts for n, parts in tried.items() if parts is not None}
+            if len(found) == len(names) and found not in answers:
+                answers.append(found)
+        return answers[0] if len(answers) == 1 else {}
+
+    def _only(self, name: str) -> Parts | None:
+        found = self._flat.get(name, set())
+        return next(iter(found)) if len(found) == 1 else None
 
 
-def resolve_dotted(names: Iterable[str], base: Base, file: str) -> Resolution:
-    """Find the site of each dotted name, with or without a component in front.
+def _module_site(site: Site) -> Site:
+    """The site that stands for a module: its weight; a bare parameter stands for itself."""
+    return site.with_parameter("weight") if site.parameter in ("weight", "bias") else site
+
+
+def _called(module: str, parameter: str) -> str:
+    return module if parameter in ("weight", "bias") else f"{module}.{parameter}".lstrip(".")
+
+
+def resolve(names: Iterable[str], base: Base, file: str) -> Resolution:
+    """Find the site, or the parts, of each module name of a file.
+
+    kohya names are compared with the flattened names of the base's modules, dotted names with the
+    names themselves, with or without a component in front.
 
     Raises
     ------
     SitesNotInBase
+        The base has the component but not the module, or the name has two meanings.
     """
-    tables, _ = _tables(base)
-    result = Resolution({}, {})
-    missing: list[str] = []
-    order = sorted(tables, key=lambda c: (c not in ("", "unet", "transformer"), c))
+    tables = {c: NameTable(base, c) for c in base.components}
+    result = Resolution()
+    #: (component, or None for any; kohya) → names not found as they are
+    missing: dict[tuple[str | None, bool], list[tuple[str, str]]] = {}
     for name in names:
-        first, _, rest = name.partition(".")
-        if first in tables and first and rest in tables[first]:
-            result.sites[name] = tables[first][rest]
-            result.prefixed = True
+        plain = name.removeprefix(PEFT_PREFIX)
+        kohya = split_kohya(plain)
+        split = kohya or _dotted(plain, tables)
+        if split is None:
+            _bare(name, plain, tables, file, result, missing)
             continue
-        plain = [tables[c][name] for c in order if name in tables[c]]
-        if len(plain) > 1 and plain[0].component.startswith("text_encoder"):
-            raise SitesNotInBase(
-                f"This module could be any of {', '.join(map(str, plain))}.",
-                file=file,
-                tensor=name,
-                fix="Give the folder of the one text encoder this adapter was trained on.",
-            )
-        if plain:
-            result.sites[name] = plain[0]
-        elif first in _COMPONENTS and first not in tables and "" not in tables:
-            result.refused[name] = f"the source base was opened without its {first}"
-            result.prefixed = True
+        _, components, rest = split
+        result.prefixed = True
+        present = [c for c in components if c in tables]
+        if not present:
+            result.refused[name] = f"the source base was opened without its {components[0]}"
+            continue
+        for one in present:
+            table = tables[one]
+            try:
+                found = table.flat(rest) if kohya else table.dotted.get(rest)
+            except SitesNotInBase as error:
+                raise SitesNotInBase(error.what, file=file, tensor=name, fix=error.fix) from None
+            if found:
+                result.parts[name] = found
+                break
         else:
-            missing.append(name)
-    for component in order:
-        inside = f"{component}."
-        own = [n.removeprefix(inside) for n in missing if n.startswith(inside)]
-        found = _wrapped(own, tables[component], ".")
-        result.sites |= {inside + n: s for n, s in found.items()}
-        result.prefixed |= bool(found)
-        left = [n for n in missing if n not in result.sites]
-        result.sites |= _wrapped(left, tables[component], ".")
-    _all_found(missing, result.sites, base, file)
+            missing.setdefault((present[0], bool(kohya)), []).append((name, rest))
+    for (component, kohya_names), pairs in missing.items():
+        for one in _model_first(tables) if component is None else [component]:
+            rests = [rest for name, rest in pairs if name not in result.parts]
+            found_wrapped = tables[one].wrapped(rests, flat=kohya_names)
+            for name, rest in pairs:
+                if rest in found_wrapped:
+                    result.parts[name] = found_wrapped[rest]
+    lost = [name for pairs in missing.values() for name, _ in pairs if name not in result.parts]
+    _all_found(lost, base, file)
     return result
 
 
-def _all_found(missing: Iterable[str], sites: dict[str, Site], base: Base, file: str) -> None:
-    lost = sorted(n for n in missing if n not in sites)
+def _dotted(name: str, tables: dict[str, NameTable]) -> tuple[str, tuple[str, ...], str] | None:
+    """The component in front of a dotted name, unless the bare name is a module as it stands."""
+    split = split_dotted(name)
+    bare = "" in tables or (split is not None and not set(split[1]) & set(tables))
+    if split and bare and any(name in t.dotted for t in tables.values()):
+        return None  # a language model's own "transformer.h.0"
+    if split and "" in tables and "" not in split[1]:
+        return None
+    return split
+
+
+def _model_first(tables: dict[str, NameTable]) -> list[str]:
+    return sorted(tables, key=lambda c: (c not in _MODELS, c))
+
+
+def _bare(
+    name: str,
+    plain: str,
+    tables: dict[str, NameTable],
+    file: str,
+    result: Resolution,
+    missing: dict[tuple[str | None, bool], list[tuple[str, str]]],
+) -> None:
+    """A dotted name without a component: the model's first, then the text encoders'."""
+    if "." not in plain and not any(plain in t.dotted for t in tables.values()):
+        known = ", ".join(KOHYA_PREFIXES)
+        raise SitesNotInBase(
+            "A module name has no prefix that kohya files use.",
+            file=file,
+            tensor=name,
+            fix=f"Known prefixes: {known}.",
+        )
+    found = [
+        (c, tables[c].dotted[plain]) for c in _model_first(tables) if plain in tables[c].dotted
+    ]
+    if len(found) > 1 and found[0][0].startswith("text_encoder"):
+        meant = ", ".join(str(parts[0].site) for _, parts in found)
+        raise SitesNotInBase(
+            f"This module could be any of {meant}.",
+            file=file,
+            tensor=name,
+            fix="Give the folder of the one text encoder this adapter was trained on.",
+        )
+    if found:
+        result.parts[name] = found[0][1]
+    else:
+        missing.setdefault((None, False), []).append((name, plain))
+
+
+def _all_found(missing: Iterable[str], base: Base, file: str) -> None:
+    lost = sorted(missing)
     if lost:
         listed = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         raise SitesNotInBase(

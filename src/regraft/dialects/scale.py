@@ -45,7 +45,9 @@ def config_scale(config: dict[str, Any], module: str, rank: int, file: str) -> f
     try:
         said = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", rank))
         alpha = pattern_value(
-            config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank)
+            config.get("alpha_pattern") or {},
+            module,
+            config.get("lora_alpha", config.get("alpha", rank)),
         )
         said, alpha = int(said), float(alpha)
     except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regraft.adapters.families import family_meant, family_of, get_family
 from regraft.dialects.families import refuse_other_config, refuse_other_family
-from regraft.dialects.names import LORA_X_FORMAT, PEFT_PREFIX, split_key, split_kohya
+from regraft.dialects.keys import PEFT_PREFIX, by_module
+from regraft.dialects.names import LORA_X_FORMAT, split_kohya
 from regraft.errors import (
     FamilyNotYet,
     InputNotFound,
@@ -28,7 +31,9 @@ class AdapterSource:
     Attributes
     ----------
     modules : dict
-        Module name as written → {role: tensor name}; roles are in ``names.SUFFIXES``.
+        Module name as written → {role: tensor name}; roles are those of ``keys.SUFFIXES``.
+    families : dict
+        Module name → the name of its family.
     refused : dict
         Tensor name → reason, for keys that are understood but not carried.
     config : dict
@@ -43,6 +48,7 @@ class AdapterSource:
     file: TensorFile
     dialect: str
     modules: dict[str, dict[str, str]]
+    families: dict[str, str]
     config: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -55,14 +61,13 @@ class AdapterSource:
 
     @property
     def family(self) -> str:
-        return "lora-x" if self.dialect == "lora-x" else "lora"
+        """The families of its modules, the most frequent first."""
+        return " + ".join(name for name, _ in Counter(self.families.values()).most_common())
 
-    def rank(self, module: str) -> int:
-        """The rank of one module, read off its factors' shapes."""
-        roles = self.modules[module]
-        key = next(r for r in ("down", "embedding_a", "u") if r in roles)
-        shape = self.file[roles[key]].shape
-        return shape[1 if key == "u" else 0] if len(shape) > 1 else 0
+    def rank(self, module: str) -> int | None:
+        """The rank one module was trained at, by the shapes of its tensors."""
+        shapes = {role: self.file[t].shape for role, t in self.modules[module].items()}
+        return get_family(self.families[module]).rank(shapes)
 
     def sha256(self) -> str:
         """SHA-256 of the weights file."""
@@ -85,8 +90,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_source(ref: str | Path) -> AdapterSource:
+def open_source(ref: str | Path, *, allow_unknown: bool = False) -> AdapterSource:
     """Open an adapter: hub id, PEFT folder, or single ``.safetensors`` file.
+
+    Parameters
+    ----------
+    ref : str or Path
+    allow_unknown : bool
+        Record tensors that fit no rule in ``refused`` instead of raising.
 
     Raises
     ------
@@ -120,19 +131,27 @@ def open_source(ref: str | Path) -> AdapterSource:
     keys = list(file)
     if not keys:
         raise NotAnAdapter("The file holds no tensors.", file=path, fix="Check which file this is.")
+    if not config and "lora_adapter_metadata" in file.metadata:
+        settings = _diffusers_metadata(file)
+    else:
+        settings = config
     refuse_other_family(keys, path)
-    dialect, modules, refused = _group(keys, file, config)
-    if dialect == "lora-x":
-        _check_lora_x_version(file)
-    source = AdapterSource(str(ref), file, dialect, modules, config, refused)
+    grouped = _group(keys, file, config, allow_unknown)
+    dialect = _dialect(grouped.modules, bool(config))
+    families = {
+        name: _family(name, roles, settings, file) for name, roles in grouped.modules.items()
+    }
+    if "lora-x" in families.values():
+        dialect = _lora_x(families, file)
+    source = AdapterSource(
+        str(ref), file, dialect, grouped.modules, families, settings, grouped.refused
+    )
     source.config_path = beside if config else None
     if located.repo:
         source.name = located.repo.rpartition("/")[2]
     else:
         generic = path.name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
         source.name = path.resolve().parent.name if generic else path.stem
-    if not config and "lora_adapter_metadata" in file.metadata:
-        source.config = _diffusers_metadata(file)
     return source
 
 
@@ -158,34 +177,32 @@ def _diffusers_metadata(file: TensorFile) -> dict[str, Any]:
     return value
 
 
+@dataclass
+class _Grouped:
+    modules: dict[str, dict[str, str]]
+    refused: dict[str, str]
+
+
 def _group(
-    keys: list[str], file: TensorFile, config: dict[str, Any]
-) -> tuple[str, dict[str, dict[str, str]], dict[str, str]]:
+    keys: list[str], file: TensorFile, config: dict[str, Any], allow_unknown: bool
+) -> _Grouped:
+    """Keys by module and role; every key is in one, refused with a reason, or an error."""
+    found, rest = by_module(keys)
     modules: dict[str, dict[str, str]] = {}
-    refused: dict[str, str] = {}
-    unknown: list[str] = []
-    for key in keys:
-        split = split_key(key)
-        if split is None:
-            reason = _not_an_update(key, config)
-            if reason is None:
-                unknown.append(key)
-            else:
-                refused[key] = reason
-            continue
-        name, role = split
-        if role == "bias":
-            refused[key] = "a trained bias of the LoRA; biases are not carried yet"
-            continue
-        others = modules.setdefault(name, {})
-        if role in others:
-            raise MalformedFile(
-                f"The module {name} has two tensors for its {role}: {others[role]} and {key}.",
-                file=file.path,
-                tensor=key,
-                fix="Remove one of them.",
-            )
-        others[role] = key
+    for name, pairs in found.items():
+        roles = modules.setdefault(name, {})
+        for role, key in pairs:
+            if role in roles:
+                raise MalformedFile(
+                    f"The module {name} has two tensors for its {role}: {roles[role]} and {key}.",
+                    file=file.path,
+                    tensor=key,
+                    fix="Remove one of them.",
+                )
+            roles[role] = key
+    reasons = {key: _not_an_update(key, config) for key in rest}
+    refused = {key: reason for key, reason in reasons.items() if reason is not None}
+    unknown = [key for key, reason in reasons.items() if reason is None]
     if not modules:
         _maybe_textual_inversion(keys, file)
         raise NotAnAdapter(
@@ -193,25 +210,56 @@ def _group(
             file=file.path,
             fix="If this is a base model, give it as --from or --to.",
         )
-    if unknown:
+    if unknown and not allow_unknown:
         listed = ", ".join(unknown[:5]) + (
             f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         )
         raise UnknownKeys(
             f"{len(unknown)} tensor(s) fit no known rule: {listed}.",
             file=file.path,
-            fix="Nothing is dropped in silence; please report the file's origin.",
+            fix="To carry the rest and have these recorded, pass --allow-unknown.",
         )
-    for name, roles in modules.items():
-        missing = _missing(roles)
-        if missing:
-            raise MalformedFile(
-                f"The module {name} has {', '.join(sorted(roles))}: {missing}.",
-                file=file.path,
-                tensor=next(iter(roles.values())),
-                fix="The file is incomplete; download it again or ask its author.",
-            )
-    return _dialect(modules, file.path, bool(config)), modules, refused
+    refused |= dict.fromkeys(unknown, "fits no known rule; left out as --allow-unknown asks")
+    return _Grouped(modules, refused)
+
+
+def _family(name: str, roles: dict[str, str], settings: dict[str, Any], file: TensorFile) -> str:
+    """The family of one module.
+
+    Raises
+    ------
+    MalformedFile
+        Its tensors make no whole update.
+    """
+    beside = {"diff_b", "b_norm"}
+    family = family_of(roles, settings) or family_of(roles.keys() - beside, settings)
+    if family is not None:
+        return family.name
+    meant = family_meant(roles.keys() - {"alpha"})
+    if meant is None:
+        why = "it lacks its factors"
+    else:
+        need = min(meant.needs, key=lambda need: (len(need - roles.keys()), sorted(need)))
+        lost = sorted(need - roles.keys())
+        strange = ", ".join(sorted(roles.keys() - need - meant.may))
+        why = f"it lacks {', '.join(lost)}" if lost else f"{strange} do not belong with them"
+    raise MalformedFile(
+        f"The module {name} has {', '.join(sorted(roles))}: {why}.",
+        file=file.path,
+        tensor=next(iter(roles.values())),
+        fix="The file is incomplete; download it again or ask its author.",
+    )
+
+
+def _lora_x(families: dict[str, str], file: TensorFile) -> str:
+    if set(families.values()) != {"lora-x"}:
+        raise MalformedFile(
+            "Some modules are of another family and some LoRA-X.",
+            file=file.path,
+            fix="Keep them in two files.",
+        )
+    _check_lora_x_version(file)
+    return "lora-x"
 
 
 def _check_lora_x_version(file: TensorFile) -> None:
@@ -236,7 +284,7 @@ def _not_an_update(key: str, config: dict[str, Any]) -> str | None:
     if ".trainable_tokens_" in key:
         return "trained token rows (trainable_token_indices), not an update"
     if key.endswith(".bias") and config.get("bias", "none") != "none":
-        return "a trained bias; biases are not carried yet"
+        return "a trained bias; PEFT's bias setting is not carried yet"
     if module.endswith((".base_layer", "embed_tokens", "lm_head", "wte", "word_embeddings")):
         return "a copy of the base's own embedding, saved beside the adapter"
     return None
@@ -254,33 +302,8 @@ def _maybe_textual_inversion(keys: list[str], file: TensorFile) -> None:
         )
 
 
-def _missing(roles: dict[str, str]) -> str:
-    """What is wrong with the set of tensors of one module; empty if nothing is."""
-    for group in (("down", "up"), ("embedding_a", "embedding_b"), ("u", "core", "v")):
-        if roles.keys() & set(group):
-            lost = [r for r in group if r not in roles]
-            # LoRA-X has no alpha: U S Vᵀ is ΔW.
-            own = {*group} if "core" in group else {*group, "alpha"}
-            strange = sorted(roles.keys() - own)
-            if lost:
-                return f"it lacks {', '.join(lost)}"
-            return f"{', '.join(strange)} do not belong with them" if strange else ""
-    return "it lacks its factors"
-
-
-def _dialect(modules: dict[str, dict[str, str]], path: Path, has_config: bool) -> str:
+def _dialect(modules: dict[str, dict[str, str]], has_config: bool) -> str:
     first = next(iter(modules))
-    spectral = ["core" in roles for roles in modules.values()]
-    if any(spectral) and not all(spectral):
-        raise MalformedFile(
-            "Some modules are LoRA and some LoRA-X.",
-            file=path,
-            fix="Keep them in two files.",
-        )
-    if spectral[0]:
-        return "lora-x"
     if has_config or first.startswith(PEFT_PREFIX):
         return "peft"
-    if "." not in first and split_kohya(first):
-        return "kohya"
-    return "diffusers"
+    return "kohya" if split_kohya(first) else "diffusers"

@@ -23,8 +23,9 @@ from regraft.adapters import Adapter, LowRank, Site, Spectral, Update
 from regraft.adapters.algebra import svd_of_product
 from regraft.bases import Base
 from regraft.bases.unet_names import to_ldm
+from regraft.dialects.keys import PEFT_PREFIX
 from regraft.dialects.metadata import file_metadata, model_card
-from regraft.dialects.names import DIALECTS, PEFT_PREFIX, flatten
+from regraft.dialects.names import DIALECTS, flatten
 from regraft.errors import BadOption, OutputFailed
 from regraft.files import atomic_file, atomic_folder, serialize
 from regraft.files.finite import is_finite
@@ -102,7 +103,7 @@ def write_adapter(
 
 def low_rank(update: Update) -> LowRank:
     """The update as a plain LoRA."""
-    return update.low_rank() if isinstance(update, Spectral) else update
+    return update.low_rank()
 
 
 def _check_range(tensors: Tensors, dtype: torch.dtype, out: Path) -> None:

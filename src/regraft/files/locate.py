@@ -65,7 +65,7 @@ def locate(ref: str | Path, *, to_run: bool = False) -> Located:
     found = _local(text)
     if found is not None:
         return Located(text, found)
-    is_file = text.lower().endswith((".safetensors", *PICKLE_ENDINGS))
+    is_file = text.lower().endswith((".safetensors", ".gguf", *PICKLE_ENDINGS))
     if isinstance(ref, Path) or is_file or not _HUB_ID.fullmatch(text):
         raise InputNotFound(
             "No such file or folder.",

@@ -17,8 +17,10 @@ RUNNING_COMPONENTS = (*COMPONENTS, "vae")
 
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
 _SHARD = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.[a-z0-9_]+)?\.safetensors"
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.[a-z0-9_]+)?\.(safetensors|gguf)"
 )
+#: What weights end in; a folder's GGUF files are taken where it has no others.
+_ENDINGS = (".safetensors", ".gguf")
 _VARIANT = re.compile(r"(?P<stem>.+)\.(?P<variant>[a-z][a-z0-9_]*)")  # model.fp16
 
 
@@ -34,15 +36,22 @@ def pick_weights(names: Iterable[str], components: Sequence[str] = COMPONENTS) -
         A folder holds several unlike files and nothing says which one is meant.
     """
     by_folder: dict[str, list[str]] = {}
-    for name in sorted(n for n in names if n.endswith(".safetensors")):
+    for name in sorted(_weights(names)):
         folder, _, _file = name.rpartition("/")
         by_folder.setdefault(folder, []).append(name)
     folders = [f for f in by_folder if f in components] or [""]
     return [n for folder in folders for n in one_variant(by_folder.get(folder, []))]
 
 
+def _weights(names: Iterable[str]) -> list[str]:
+    """The weight files among ``names``: safetensors, or GGUF where there are none."""
+    kept = [n for n in names if not n.rpartition("/")[2].startswith("mmproj")]
+    by_ending = ([n for n in kept if n.endswith(e)] for e in _ENDINGS)
+    return next(filter(None, by_ending), [])
+
+
 def one_variant(names: list[str], *, adapter: bool = False) -> list[str]:
-    """The files of one variant among the ``.safetensors`` files of one folder.
+    """The files of one variant among the weight files of one folder.
 
     Parameters
     ----------
@@ -58,7 +67,7 @@ def one_variant(names: list[str], *, adapter: bool = False) -> list[str]:
     for name in names:
         file = name.rpartition("/")[2]
         shard = _SHARD.fullmatch(file)
-        stem = shard["stem"] if shard else file.removesuffix(".safetensors")
+        stem = shard["stem"] if shard else file.rpartition(".")[0]
         variant = shard["variant"] or "" if shard else ""
         if not variant and (match := _VARIANT.fullmatch(stem)):
             stem, variant = match["stem"], match["variant"]
@@ -134,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
         ) from error
     try:
         chosen = one_variant(
-            [n for n in names if n.endswith(".safetensors")],
+            _weights(names),
             adapter="adapter_config.json" in names,
         )
     except InputNotFound as error:

@@ -6,8 +6,6 @@ Equation: θ'_t ≈ θ_t + Δθ_s (its Eq. 3).
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from regraft.adapters import Update, same_matrix
 from regraft.adapters.update import Layout
 from regraft.methods.registry import Refusal, SiteJob, method, shapes_differ
@@ -32,4 +30,4 @@ def carry(job: SiteJob) -> Update | Refusal:
     if job.source_shape == job.target_shape:
         return job.update
     layout: Layout = "conv" if len(job.target_shape) > 2 else "linear"
-    return replace(job.update, shape=job.target_shape, layout=layout)
+    return job.update.on(job.target_shape, layout)

@@ -71,11 +71,11 @@ class SiteJob:
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        return self.source.weights[self.source_site].shape
+        return self.source.at(self.source_site).shape
 
     @property
     def target_shape(self) -> tuple[int, ...]:
-        return self.target.weights[self.target_site].shape
+        return self.target.at(self.target_site).shape
 
 
 @dataclass(frozen=True)

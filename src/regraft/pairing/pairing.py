@@ -101,8 +101,9 @@ def pair_sites(
     here: dict[str, list[Site]] = defaultdict(list)
     there: dict[str, list[Site]] = defaultdict(list)
     for base, table in ((source, here), (target, there)):
-        for site in base.weights:
-            table[kind_of(site)].append(site)
+        for site in (*base.weights, *base.others):
+            if kind_of(site) in groups:
+                table[kind_of(site)].append(site)
     for kind, wanted in groups.items():
         same_depth = set(here[kind]) == set(there[kind])
         if how == "name" or (how == "auto" and (same_depth or not there[kind])):
@@ -131,14 +132,14 @@ def _by_similarity(
     result: Pairing,
 ) -> None:
     """Every target site of one kind takes its most similar source site of the same shape."""
-    shape_of = {s: source.weights[s].shape for s in here}
+    shape_of = {s: source.at(s).shape for s in here}
     sketches: dict[tuple[int, ...], tuple[list[Site], Tensor]] = {}
     for shape in dict.fromkeys(shape_of.values()):
         members = [s for s in here if shape_of[s] == shape]
         sketches[shape] = (members, torch.stack([_sketch(source, s) for s in members]))
     fed: set[Site] = set()
     for site in there:
-        shape = target.weights[site].shape
+        shape = target.at(site).shape
         if shape not in sketches:
             continue
         members, rows = sketches[shape]

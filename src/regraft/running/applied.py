@@ -139,6 +139,6 @@ def _random(update: Update, site: Site, seed: int) -> LowRank:
     m, n = matrix_shape(update.shape)
     left = torch.randn(m, update.rank, generator=draw)
     right = torch.randn(update.rank, n, generator=draw)
-    size = math.sqrt(energy(update.factors()) / energy((left, right)))
+    size = math.sqrt(update.energy() / energy((left, right)))
     up, down = balance(left * size, right)
     return LowRank(up, down, 1.0, update.shape, update.layout)

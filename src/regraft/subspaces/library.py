@@ -61,8 +61,8 @@ class SubspaceLibrary:
         parts = [self.cache.content_hash(file, tensor) for file, tensor in weight.stored()]
         if weight.quantised is None and len(parts) == 1:
             return parts[0]
-        form = weight.quantised.form if weight.quantised else ""
-        return hashlib.sha256(f"{form}|{weight.rows}|{'|'.join(parts)}".encode()).hexdigest()
+        rule = weight.quantised.rule if weight.quantised else ""
+        return hashlib.sha256(f"{rule}|{weight.rows}|{'|'.join(parts)}".encode()).hexdigest()
 
     def base_hash(self, base: Base, sites: Iterable[Site]) -> str:
         """One hash over the content of the named weights: which base this really was."""

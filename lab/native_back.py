@@ -1,0 +1,170 @@
+"""From diffusers' names of a transformer's parameters back to those of its original checkpoint.
+
+For the architectures whose converter renames what it is given, instead of asking for it by name.
+A wrong or missing line does not pass: ``lab.native_names`` runs diffusers' converter on the result
+and compares with the model.
+"""
+
+from __future__ import annotations
+
+#: (pattern in diffusers' name, native name), applied in order.
+Back = tuple[tuple[str, str], ...]
+
+COSMOS_2: Back = (
+    (r"^time_embed\.t_embedder", "t_embedder.1"),
+    (r"^time_embed\.norm", "t_embedding_norm"),
+    (r"^patch_embed\.proj", "x_embedder.proj.1"),
+    (r"^norm_out\.linear_(\d)", r"final_layer.adaln_modulation.\1"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"norm1\.linear_(\d)", r"adaln_modulation_self_attn.\1"),
+    (r"norm2\.linear_(\d)", r"adaln_modulation_cross_attn.\1"),
+    (r"norm3\.linear_(\d)", r"adaln_modulation_mlp.\1"),
+    (r"attn1\.", "self_attn."),
+    (r"attn2\.", "cross_attn."),
+    (r"\.to_([qkv])\.", r".\1_proj."),
+    (r"\.norm_([qk])\.", r".\1_norm."),
+    (r"\.to_out\.0\.", ".output_proj."),
+    (r"\.ff\.net\.0\.proj", ".mlp.layer1"),
+    (r"\.ff\.net\.2", ".mlp.layer2"),
+    (r"^transformer_blocks", "blocks"),
+)
+HUNYUAN: Back = (
+    (r"^x_embedder", "img_in"),
+    (r"^time_text_embed\.timestep_embedder\.linear_1", "time_in.mlp.0"),
+    (r"^time_text_embed\.timestep_embedder\.linear_2", "time_in.mlp.2"),
+    (r"^time_text_embed\.guidance_embedder\.linear_1", "guidance_in.mlp.0"),
+    (r"^time_text_embed\.guidance_embedder\.linear_2", "guidance_in.mlp.2"),
+    (r"^time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
+    (r"^time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^proj_out", "final_layer.linear"),
+    # the refiner of the text
+    (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_1", "txt_in.t_embedder.mlp.0"),
+    (r"^context_embedder\.time_text_embed\.timestep_embedder\.linear_2", "txt_in.t_embedder.mlp.2"),
+    (r"^context_embedder\.time_text_embed\.text_embedder", "txt_in.c_embedder"),
+    (r"^context_embedder\.proj_in", "txt_in.input_embedder"),
+    (r"^context_embedder\.token_refiner\.refiner_blocks", "txt_in.individual_token_refiner.blocks"),
+    (r"^(txt_in\..+)\.attn\.to_[qkv]", r"\1.self_attn_qkv"),
+    (r"^(txt_in\..+)\.attn\.to_out\.0", r"\1.self_attn_proj"),
+    (r"^(txt_in\..+)\.norm_out\.linear", r"\1.adaLN_modulation.1"),
+    (r"^(txt_in\..+)\.ff\.net\.0\.proj", r"\1.mlp.fc1"),
+    (r"^(txt_in\..+)\.ff\.net\.2", r"\1.mlp.fc2"),
+    # the blocks
+    (
+        r"^single_transformer_blocks\.(\d+)\.(?:attn\.to_[qkv]|proj_mlp)",
+        r"single_blocks.\1.linear1",
+    ),
+    (r"^single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.norm_([qk])", r"single_blocks.\1.\2_norm"),
+    (r"^single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.linear"),
+    (r"\.attn\.to_[qkv]\.", ".img_attn_qkv."),
+    (r"\.attn\.add_[qkv]_proj\.", ".txt_attn_qkv."),
+    (r"\.attn\.norm_([qk])\.", r".img_attn_\1_norm."),
+    (r"\.attn\.norm_added_([qk])\.", r".txt_attn_\1_norm."),
+    (r"\.attn\.to_out\.0", ".img_attn_proj"),
+    (r"\.attn\.to_add_out", ".txt_attn_proj"),
+    (r"\.norm1\.linear", ".img_mod.linear"),
+    (r"\.norm1_context\.linear", ".txt_mod.linear"),
+    (r"\.ff\.net\.0\.proj", ".img_mlp.fc1"),
+    (r"\.ff\.net\.2", ".img_mlp.fc2"),
+    (r"\.ff_context\.net\.0\.proj", ".txt_mlp.fc1"),
+    (r"\.ff_context\.net\.2", ".txt_mlp.fc2"),
+    (r"^transformer_blocks", "double_blocks"),
+)
+WAN: Back = (
+    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2", "img_emb.proj.4"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"^proj_out", "head.head"),
+    (r"^(vace_blocks\.\d+)\.proj_in", r"\1.before_proj"),
+    (r"^(vace_blocks\.\d+)\.proj_out", r"\1.after_proj"),
+    (r"scale_shift_table", "modulation"),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.add_([kv])_proj\.", r".\1_img."),
+    (r"\.norm_added_k\.", ".norm_k_img."),
+    (r"\.ffn\.net\.0\.proj", ".ffn.0"),
+    (r"\.ffn\.net\.2", ".ffn.2"),
+)
+FLUX_2: Back = (
+    (r"^x_embedder", "img_in"),
+    (r"^context_embedder", "txt_in"),
+    (r"^time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"^time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"^time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+    (r"^time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+    (r"^(\w+_stream_modulation\w*)\.linear", r"\1.lin"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+    (
+        r"^single_transformer_blocks\.(\d+)\.attn\.norm_q\.weight",
+        r"single_blocks.\1.norm.query_norm.scale",
+    ),
+    (
+        r"^single_transformer_blocks\.(\d+)\.attn\.norm_k\.weight",
+        r"single_blocks.\1.norm.key_norm.scale",
+    ),
+    (r"\.attn\.to_[qkv]\.", ".img_attn.qkv."),
+    (r"\.attn\.add_[qkv]_proj\.", ".txt_attn.qkv."),
+    (r"\.attn\.norm_q\.weight", ".img_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_k\.weight", ".img_attn.norm.key_norm.scale"),
+    (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
+    (r"\.attn\.to_out\.0", ".img_attn.proj"),
+    (r"\.attn\.to_add_out", ".txt_attn.proj"),
+    (r"\.ff\.linear_in", ".img_mlp.0"),
+    (r"\.ff\.linear_out", ".img_mlp.2"),
+    (r"\.ff_context\.linear_in", ".txt_mlp.0"),
+    (r"\.ff_context\.linear_out", ".txt_mlp.2"),
+    (r"^transformer_blocks", "double_blocks"),
+)
+LTX: Back = (
+    (r"^proj_in", "patchify_proj"),
+    (r"^time_embed\.", "adaln_single."),
+    (r"\.norm_([qk])\.", r".\1_norm."),
+)
+LTX_2: Back = (
+    (r"^audio_proj_in", "audio_patchify_proj"),
+    (r"^audio_time_embed\.", "audio_adaln_single."),
+    (r"^av_cross_attn_video_scale_shift", "av_ca_video_scale_shift_adaln_single"),
+    (r"^av_cross_attn_video_a2v_gate", "av_ca_a2v_gate_adaln_single"),
+    (r"^av_cross_attn_audio_scale_shift", "av_ca_audio_scale_shift_adaln_single"),
+    (r"^av_cross_attn_audio_v2a_gate", "av_ca_v2a_gate_adaln_single"),
+    (r"video_a2v_cross_attn_scale_shift_table", "scale_shift_table_a2v_ca_video"),
+    (r"audio_a2v_cross_attn_scale_shift_table", "scale_shift_table_a2v_ca_audio"),
+    *LTX,
+)
+LUMINA_2: Back = (
+    (r"^time_caption_embed\.caption_embedder", "cap_embedder"),
+    (r"^time_caption_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"^time_caption_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"^norm_out\.linear_1", "final_layer.adaLN_modulation.1"),
+    (r"^norm_out\.linear_2", "final_layer.linear"),
+    (r"\.norm1\.linear", ".adaLN_modulation.1"),
+    (r"\.norm1\.norm", ".attention_norm1"),
+    (r"\.norm1\.", ".attention_norm1."),
+    (r"\.norm2\.", ".attention_norm2."),
+    (r"\.attn\.norm_([qk])\.", r".attention.\1_norm."),
+    (r"\.attn\.to_[qkv]\.", ".attention.qkv."),
+    (r"\.attn\.to_out\.0\.", ".attention.out."),
+    (r"feed_forward\.linear_([123])", r"feed_forward.w\1"),
+)
+Z_IMAGE: Back = (
+    (r"^all_final_layer\.2-1\.", "final_layer."),
+    (r"^all_x_embedder\.2-1\.", "x_embedder."),
+    (r"\.attention\.to_[qkv]\.", ".attention.qkv."),
+    (r"\.attention\.to_out\.0\.", ".attention.out."),
+    (r"\.attention\.norm_([qk])\.", r".attention.\1_norm."),
+)

@@ -1,0 +1,146 @@
+"""bitsandbytes: NF4 and FP4 with their quant_state, and LLM.int8() with its SCB.
+
+4 bits: ``weight`` holds two codes a byte, in blocks of ``blocksize`` numbers with one ``absmax``
+each; ``quant_map`` has the 16 values; ``quant_state.bitsandbytes__nf4`` is JSON in a uint8 tensor
+(shape, dtype, block sizes). With double quantisation ``absmax`` is uint8 itself and
+``nested_absmax``, ``nested_quant_map`` and an offset give it back.
+8 bits: W = weight · SCB / 127, one SCB per row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.bases.quantised.packed import Names, Packed, Parts, ending, malformed, missing, need
+from regraft.files import TensorFile
+
+_STATE = ".quant_state.bitsandbytes__"
+_DTYPES = ("float32", "float16", "bfloat16")
+#: The largest quant_state that is read; real ones have about 200 bytes.
+_LARGEST_STATE = 65_536
+
+
+def find(tensors: Names) -> Iterator[Packed]:
+    """Every bitsandbytes weight of a checkpoint.
+
+    Raises
+    ------
+    MalformedFile
+    """
+    for kind in ("nf4", "fp4"):
+        for state, name, _ in ending(tensors, _STATE + kind):
+            if name in tensors:
+                yield _four_bits(tensors, name, state, kind)
+    for absmax, name, file in ending(tensors, ".absmax"):
+        if name in tensors and not any(f"{name}{_STATE}{k}" in tensors for k in ("nf4", "fp4")):
+            raise malformed("bitsandbytes", file, absmax, "the checkpoint lacks its quant_state")
+    for scb, module, _ in ending(tensors, ".SCB"):
+        yield _eight_bits(tensors, module, scb)
+
+
+def _state(tensors: Names, name: str, tensor: str, form: str) -> dict[str, Any]:
+    """The quant_state, checked: the library trusts it and would read past the end of its parts."""
+    file = tensors[tensor]
+    bad = partial(malformed, form, file, tensor)
+    if file[tensor].dtype != torch.uint8 or prod(file[tensor].shape) > _LARGEST_STATE:
+        raise bad("its quant_state is not a short JSON text")
+    try:
+        state = json.loads(file.read_bytes(tensor).decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise bad("its quant_state is not JSON") from error
+    if not isinstance(state, dict):
+        raise bad("its quant_state is not a JSON object")
+    shape, block = state.get("shape"), state.get("blocksize")
+    sizes = shape if isinstance(shape, list) else [None]
+    if not all(type(n) is int and n > 0 for n in (*sizes, block)) or prod(sizes) > 1 << 48:
+        raise bad("its quant_state has no usable shape or block size")
+    if state.get("dtype") not in _DTYPES:
+        raise bad(f"its quant_state has the dtype {str(state.get('dtype'))[:20]!r}")
+    return state
+
+
+def _four_bits(tensors: Names, name: str, state_name: str, kind: str) -> Packed:
+    form = f"bitsandbytes {kind.upper()}"
+    need(form, tensors, name, f"{name}.absmax", f"{name}.quant_map")
+    state = _state(tensors, name, state_name, form)
+    words = ["absmax", "quant_map"]
+    if "nested_blocksize" in state or f"{name}.nested_absmax" in tensors:
+        words += ["nested_absmax", "nested_quant_map"]
+        need(form, tensors, name, *(f"{name}.{w}" for w in words))
+    parts = {"codes": (tensors[name], name), "state": (tensors[state_name], state_name)}
+    parts |= {w: (tensors[f"{name}.{w}"], f"{name}.{w}") for w in words}
+    _check(form, parts, state)
+    shape = tuple(state["shape"])
+    return Packed(name, form, shape, parts, partial(_decode_four_bits, kind, form))
+
+
+def _check(form: str, parts: dict[str, tuple[TensorFile, str]], state: dict[str, Any]) -> None:
+    """Sizes and dtypes of all parts, from the header."""
+    info = {word: file[tensor] for word, (file, tensor) in parts.items()}
+    numbers = prod(state["shape"])
+    blocks = -(-numbers // state["blocksize"])
+    codes = info["codes"]
+    nested = "nested_absmax" in info
+    wanted = {"absmax": blocks, "quant_map": 16}
+    right = state["blocksize"] in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    right &= prod(codes.shape) * codes.dtype.itemsize == -(-numbers // 2)
+    right &= info["absmax"].dtype == (torch.uint8 if nested else torch.float32)
+    if nested:
+        inner = state.get("nested_blocksize")
+        right &= inner in (64, 128, 256, 512, 1024, 2048, 4096)
+        right &= state.get("nested_dtype") == "float32"
+        right &= isinstance(state.get("nested_offset"), int | float)
+        wanted |= {"nested_absmax": -(-blocks // inner) if right else 0, "nested_quant_map": 256}
+    floats = [w for w in wanted if w != "absmax"]
+    right &= all(info[w].dtype == torch.float32 for w in floats)
+    right &= all(prod(info[w].shape) == count for w, count in wanted.items())
+    if not right:
+        file, tensor = parts["codes"]
+        raise malformed(form, file, tensor, "its codes, scales and quant_state do not fit together")
+
+
+def _decode_four_bits(kind: str, form: str, parts: Parts) -> Tensor:
+    try:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+    except ImportError as error:
+        raise missing(form, "bitsandbytes") from error
+    mates = {w: t for w, t in parts.items() if w not in ("codes", "state")}
+    state = QuantState.from_dict(
+        {**mates, f"quant_state.bitsandbytes__{kind}": parts["state"]}, torch.device("cpu")
+    )
+    codes = parts["codes"].contiguous().view(torch.uint8).reshape(-1, 1)
+    whole: Tensor = dequantize_4bit(codes, state)
+    return whole
+
+
+def _eight_bits(tensors: Names, module: str, scb: str) -> Packed:
+    form, name, layout = "bitsandbytes int8", f"{module}.weight", f"{module}.weight_format"
+    if name not in tensors:
+        raise malformed(form, tensors[scb], scb, f"the checkpoint lacks {name}")
+    codes, scale = tensors[name][name], tensors[scb][scb]
+    bad = partial(malformed, form, tensors[name], name)
+    if codes.dtype != torch.int8 or len(codes.shape) != 2:
+        raise bad("its codes are not an int8 matrix")
+    if not scale.dtype.is_floating_point or prod(scale.shape) != codes.shape[0]:
+        raise bad("SCB is not one number per row")
+    if layout in tensors:
+        # bitsandbytes before 0.45 could save tiled layouts made for one kind of GPU.
+        file = tensors[layout]
+        one = file[layout].dtype == torch.uint8 and prod(file[layout].shape) == 1
+        if not one or file.read_bytes(layout)[0] != 0:
+            raise bad("its layout (weight_format) is not by rows")
+    parts = {"codes": (tensors[name], name), "scale": (tensors[scb], scb)}
+    mates = (layout,) if layout in tensors else ()
+    return Packed(name, form, codes.shape, parts, _decode_eight_bits, mates)
+
+
+def _decode_eight_bits(parts: Parts) -> Tensor:
+    # What int8_vectorwise_dequant does; written out, bitsandbytes need not be installed.
+    return parts["codes"].float() * (parts["scale"].float().reshape(-1, 1) * 7.874015718698502e-3)
