@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--group dev -e ".[measure]"
+		--group dev -e ".[measure,quantised]"
 	rm -f $(VENV)/.ready-* && touch $@
 
 demo: setup
@@ -42,6 +42,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.transfer_sdxl
+	$(BIN)/python -m benchmarks.resize_sdxl
 
 # both families side by side, one thread each
 retention: setup

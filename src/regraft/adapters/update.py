@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regraft.adapters.algebra import Factors, energy, fixed_signs, svd_of_product
+from regraft.adapters.algebra import Factors, energy, svd_of_product
+from regraft.adapters.decompose import decompose, svd
 from regraft.errors import ShapeMismatch
 
 #: How a file stores the two factors of this site. ``transposed`` is GPT-2's Conv1D and
@@ -268,8 +269,8 @@ class Kronecker(Update):
 
     def spectrum(self) -> Spectrum:
         """Singular values of a Kronecker product are the products of its factors'."""
-        u1, s1, v1 = _svd(self.left.float())
-        u2, s2, v2 = _svd(self.right.float())
+        u1, s1, v1 = svd(self.left.float())
+        u2, s2, v2 = svd(self.right.float())
         s, order = (abs(self.scale) * torch.outer(s1, s2)).flatten().sort(descending=True)
         count = int((s > s[0] * 1e-7).sum()) if s[0] > 0 else 1
         s, order = s[:count], order[:count]
@@ -292,11 +293,6 @@ class Kronecker(Update):
                 return None
             return replace(self, left=left, shape=(left.shape[0] * c, *self.shape[1:]))
         return super().rows(rows)
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return fixed_signs(u, s, vh)
 
 
 @dataclass(frozen=True)
@@ -352,51 +348,30 @@ class Dense(Update):
         return (torch.eye(m), matrix) if m <= n else (matrix, torch.eye(n))
 
     def spectrum(self) -> Spectrum:
-        """Through a sketch if ΔW turns out to have low rank, else through its smaller Gram matrix.
+        """Singular values that rounding of the stored numbers alone can make are left out: a merged
+        rank-8 LoRA is of rank 8 again.
 
         A Gram matrix in fp32 blurs singular values below about 3e-4 of the largest, together less
         than 1e-4 of the energy; the projection on its eigenvectors is exact all the same.
         """
         matrix = self.matrix()
-        found = _few_directions(matrix)
-        u, s, vh = _by_gram(matrix) if found is None else svd_of_product(*found)
+        u, s, vh = decompose(matrix, noise=(0.5 * torch.finfo(self.stored).eps) ** 2)
+        # 16 eps: what fp32 arithmetic itself may leave behind.
+        floor = max(self._rounding(matrix), 16 * torch.finfo(torch.float32).eps * float(s[0]))
+        count = max(1, int((s > floor).sum()))
+        u, s, vh = u[:, :count], s[:count], vh[:count]
         root = s.sqrt()
         return Spectrum(s, lambda k: (u[:, :k] * root[:k], root[:k, None] * vh[:k]))
+
+    def _rounding(self, matrix: Tensor) -> float:
+        """The largest singular value of rounding errors of this size (independent entries)."""
+        m, n = matrix.shape
+        typical = float(matrix.norm()) / (m * n) ** 0.5
+        return float(0.5 * torch.finfo(self.stored).eps * typical * (m**0.5 + n**0.5))
 
     def rows(self, rows: Rows) -> Dense:
         size = sum(last - first for first, last in rows)
         return replace(self, make=lambda: _picked(self.make(), rows), shape=(size, *self.shape[1:]))
-
-
-def _few_directions(matrix: Tensor) -> Factors | None:
-    """(Q, QᵀM) if a few directions hold all of M to rounding, as in a merged LoRA; else None."""
-    smallest = min(matrix.shape)
-    whole = float(matrix.double().square().sum())
-    generator = torch.Generator().manual_seed(0)
-    for k in (16, 64, 256):
-        if 3 * k > smallest:
-            return None
-        sketch = matrix @ torch.randn(matrix.shape[1], k, generator=generator)
-        q = torch.linalg.qr(sketch)[0]
-        core = q.mT @ matrix
-        lost = float((matrix - q @ core).double().square().sum())
-        if lost <= 1e-12 * whole:
-            return q, core
-    return None
-
-
-def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vᵀ through the eigenvectors of M Mᵀ (or MᵀM, if that is smaller)."""
-    m, n = matrix.shape
-    if m > n:
-        u, s, vh = _by_gram(matrix.mT)
-        return fixed_signs(vh.mT, s, u.mT)
-    q = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(1)
-    core = q.mT @ matrix
-    s = core.norm(dim=1)
-    s, order = s.sort(descending=True)
-    q, core = q[:, order], core[order]
-    return fixed_signs(q, s, core / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None])
 
 
 def delta(update: Update) -> Tensor:
