@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.scales import SCALES, Scale
@@ -31,7 +33,7 @@ DECAY = 0.93
 #: Rank of LoHa and LoKr, and the small side of LoKr's Kronecker product: ΔW has rank 64.
 SMALL_RANK = 8
 #: The DoRA's magnitudes are ‖W + BA‖ of each row, changed by about this share.
-MAGNITUDE = 0.02
+MAGNITUDE = 0.005
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -49,12 +51,23 @@ def kohya_modules(shapes: Shapes) -> dict[str, tuple[str, tuple[int, int]]]:
     return {"lora_unet_" + ldm[m].replace(".", "_"): (m, sites[m]) for m in sorted(sites)}
 
 
+@cache
+def _orthonormal(size: int, rank: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, rank, generator=seeded("frame", size, rank)))[0]
+
+
+def _frame(size: int, rank: int, own: torch.Generator) -> Tensor:
+    """Orthonormal columns: one draw per size, its rows shuffled and their signs flipped."""
+    signs = torch.randint(2, (size, 1), generator=own) * 2.0 - 1.0
+    return _orthonormal(size, rank)[torch.randperm(size, generator=own)] * signs
+
+
 def lora(name: str, m: int, n: int, rank: int) -> dict[str, Tensor]:
     """Orthonormal directions with a geometric spectrum; alpha is half the rank."""
     own = seeded("resize", "lora", name)
     rank = min(rank, m, n)
     sizes = DECAY ** torch.arange(rank)
-    left, right = (torch.linalg.qr(torch.randn(size, rank, generator=own))[0] for size in (m, n))
+    left, right = (_frame(size, rank, own) for size in (m, n))
     return {
         "lora_up.weight": left * sizes.sqrt(),
         "lora_down.weight": (right * sizes.sqrt()).mT.contiguous(),
@@ -138,8 +151,20 @@ def make(scale: str, folder: str, rank: int) -> Answer:
 def read(path: str | Path, name: str) -> dict[str, Tensor]:
     """The tensors of one module, in fp32."""
     with safe_open(path, "pt") as file:
-        keys = [k for k in file.keys() if k.startswith(f"{name}.")]  # noqa: SIM118
-        return {k.removeprefix(f"{name}."): file.get_tensor(k).float() for k in keys}
+        return {k: file.get_tensor(f"{name}.{k}").float() for k in _suffixes(file.keys(), name)}
+
+
+def read_all(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Module → its tensors as stored."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        name, _, suffix = key.partition(".")
+        found.setdefault(name, {})[suffix] = tensor
+    return found
+
+
+def _suffixes(keys: Iterable[str], name: str) -> list[str]:
+    return [k.removeprefix(f"{name}.") for k in keys if k.startswith(f"{name}.")]
 
 
 def read_weight(base: str | Path, module: str) -> Tensor:
@@ -172,15 +197,12 @@ def delta(t: dict[str, Tensor], weight: Tensor | None) -> Tensor:
     return merged * (t["dora_scale"] / merged.norm(dim=1, keepdim=True)) - weight
 
 
-def best(t: dict[str, Tensor], weight: Tensor | None, rank: int) -> Factors:
-    """The exact ΔW cut to a rank, in fp64."""
-    t = {k: v.double() for k, v in t.items()}
+def spectrum(t: dict[str, Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of the exact ΔW, in the precision of the tensors."""
     if "dora_scale" in t:
-        assert weight is not None
-        u, s, vh = torch.linalg.svd(delta(t, weight.double()), full_matrices=False)
-    else:
-        left, right = factors(t)
-        (q1, r1), (q2, r2) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
-        u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
-        u, vh = q1 @ u, vh @ q2.mT
-    return u[:, :rank] * s[:rank], vh[:rank]
+        u, s, vh = torch.linalg.svd(delta(t, weight), full_matrices=False)
+        return u, s, vh
+    left, right = factors(t)
+    (q1, r1), (q2, r2) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r1 @ r2.mT, full_matrices=False)
+    return q1 @ u, s, vh @ q2.mT

@@ -19,19 +19,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.resize_inputs import Answer, Factors, best, delta, factors, make, read, read_weight
+from benchmarks.resize_inputs import (
+    Answer,
+    Factors,
+    delta,
+    factors,
+    lora,
+    make,
+    read,
+    read_weight,
+    spectrum,
+)
 from benchmarks.tasks import peak_mb
 
-
-def norm(left: Tensor, right: Tensor) -> float:
-    """‖left @ right‖, without the product."""
-    return float((torch.linalg.qr(left)[1] @ torch.linalg.qr(right.mT)[1].mT).norm())
+CUT = "the exact cut"
 
 
 def errors(
     adapter: str, outputs: dict[str, str], names: dict[str, str], rank: int, base: str | None
 ) -> Answer:
-    """How far each output is from the exact ΔW cut to ``rank``.
+    """How far each output is from the exact ΔW cut to ``rank``, and from ΔW itself, in fp64.
 
     Parameters
     ----------
@@ -43,26 +50,46 @@ def errors(
     Returns
     -------
     dict
-        Label → {"error": √(Σ‖out − best‖² / Σ‖best‖²) over the modules, "worst": of one module}.
+        Label → {"error": √(Σ‖out − cut‖² / Σ‖cut‖²) over the modules, "worst": ‖out − cut‖ / ‖cut‖
+        of one module, "lost": √(Σ‖out − ΔW‖² / Σ‖ΔW‖²)}. The label "the exact cut" has only "lost".
     """
-    lost: dict[str, list[float]] = {label: [] for label in outputs}
-    whole = []
+    cuts: list[float] = []
+    off: dict[str, list[float]] = {label: [] for label in outputs}
+    lost: dict[str, list[float]] = {label: [] for label in [*outputs, CUT, ""]}
     for name, module in names.items():
-        weight = read_weight(base, module) if base else None
-        left, right = best(read(adapter, name), weight, rank)
-        whole.append(norm(left, right))
+        t = {k: v.double() for k, v in read(adapter, name).items()}
+        weight = read_weight(base, module).double() if base else None
+        u, s, vh = spectrum(t, weight)
+        cut = u[:, :rank] * s[:rank], vh[:rank]
+        whole = u * s, vh
+        cuts.append(float(s[:rank].norm()))
+        lost[CUT].append(float(s[rank:].norm()))
+        lost[""].append(float(s.norm()))
         for label, path in outputs.items():
-            out = {k: v.double() for k, v in read(path, name).items()}
-            l2, r2 = factors(out)
-            lost[label].append(norm(torch.cat([l2, -left], dim=1), torch.cat([r2, right])))
-    total = sum(w**2 for w in whole) ** 0.5
-    return {
+            out = factors({k: v.double() for k, v in read(path, name).items()})
+            off[label].append(apart(out, cut))
+            lost[label].append(apart(out, whole))
+    found: Answer = {
         label: {
-            "error": sum(x**2 for x in found) ** 0.5 / total,
-            "worst": max(x / w for x, w in zip(found, whole, strict=True)),
+            "error": _together(off[label]) / _together(cuts),
+            "worst": max(x / size for x, size in zip(off[label], cuts, strict=True)),
+            "lost": _together(lost[label]) / _together(lost[""]),
         }
-        for label, found in lost.items()
+        for label in outputs
     }
+    return {**found, CUT: {"lost": _together(lost[CUT]) / _together(lost[""])}}
+
+
+def apart(a: Factors, b: Factors) -> float:
+    """‖a₀a₁ − b₀b₁‖. Through QR, without the products, where that is less work."""
+    left, right = torch.cat([a[0], -b[0]], dim=1), torch.cat([a[1], b[1]])
+    if left.shape[1] >= min(left.shape[0], right.shape[1]):
+        return float((a[0] @ a[1] - b[0] @ b[1]).norm())
+    return float((torch.linalg.qr(left)[1] @ torch.linalg.qr(right.mT)[1].mT).norm())
+
+
+def _together(norms: list[float]) -> float:
+    return sum(x**2 for x in norms) ** 0.5
 
 
 def regraft_way(adapter: str, output: str, rank: int, base: str | None = None) -> Answer:
@@ -70,10 +97,58 @@ def regraft_way(adapter: str, output: str, rank: int, base: str | None = None) -
     import regraft
 
     started = time.perf_counter()
-    regraft.convert(
-        adapter, output=output, base=base, dialect="kohya", rank=rank, dtype="fp32", overwrite=True
-    )
-    return {"seconds": time.perf_counter() - started}
+    by = "regraft.convert" if hasattr(regraft, "convert") else "regraft.adapters.cut"
+    if hasattr(regraft, "convert"):
+        regraft.convert(
+            adapter,
+            output=output,
+            base=base,
+            dialect="kohya",
+            rank=rank,
+            dtype="fp32",
+            overwrite=True,
+        )
+    else:
+        _until_convert(adapter, output, rank, base)
+    return {"seconds": time.perf_counter() - started, "by": by}
+
+
+def _until_convert(adapter: str, output: str, rank: int, base: str | None) -> None:
+    """The same cut, update by update, with plain reading and writing. Goes with ``convert``."""
+    from pathlib import Path
+
+    from benchmarks.resize_inputs import kohya_modules, read_all
+    from regraft.adapters.cut import cut
+    from regraft.adapters.ranks import RankRule
+    from regraft.adapters.update import Dense, Kronecker, LowRank, Update
+    from regraft.bases import open_base
+    from regraft.parallel import in_order
+
+    modules = {}
+    if base:
+        weights = open_base(Path(base)).weights
+        shapes = {f"{site.module}.weight": w.shape for site, w in weights.items()}
+        modules = {k: module for k, (module, _) in kohya_modules(shapes).items()}
+
+    def one(item: tuple[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        name, t = item[0], {k: v.float() for k, v in item[1].items()}
+        if "dora_scale" in t:
+            weight = read_weight(str(base), modules[name])
+            update: Update = Dense(lambda: delta(t, weight), tuple(weight.shape))
+        elif "lokr_w1" in t:
+            right = t["lokr_w2_a"] @ t["lokr_w2_b"]
+            (a, b), (c, d) = t["lokr_w1"].shape, right.shape
+            update = Kronecker(t["lokr_w1"], right, 1.0, (a * c, b * d))
+        else:
+            left, right = factors(t)
+            update = LowRank(left, right, 1.0, (left.shape[0], right.shape[1]))
+        found = cut(update, RankRule("rank", rank)).low_rank()
+        return written(name, found.up * found.scale, found.down)
+
+    made: dict[str, Tensor] = {}
+    for part in in_order(one, read_all(adapter).items()):
+        made |= part
+    save_file(made, output)
 
 
 def each(
@@ -90,6 +165,7 @@ def each(
     ``merging``: whether making ΔW in full is part of the way.
     """
     seconds, made = {}, {}
+    way(torch.randn(64, 96))  # the first call of a process is slower
     for name, module in names.items():
         tensors = read(adapter, name)
         weight = read_weight(base, module) if base else None
@@ -162,6 +238,7 @@ def peft(
 
     warnings.simplefilter("ignore")
     seconds, made = {}, {}
+    convert_to_lora(peft_model("first", lora("first", 64, 96, 8), None), rank=8)
     for name, module in names.items():
         tensors = read(adapter, name)
         model = peft_model(name, tensors, read_weight(base, module) if base else None)

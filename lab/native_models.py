@@ -204,6 +204,40 @@ _SANA = {
     "caption_channels": 8,
     "sample_size": 4,
 }
+_FLUX_3 = {
+    **_HEADS,
+    "in_channels": 4,
+    "cond_in_channels": 4,
+    "num_layers": 3,
+    "num_single_layers": 3,
+    "joint_attention_dim": 8,
+    "timestep_channels": 8,
+    "axes_dims_rope": (4, 4, 2, 2),
+}
+_KREA_2 = {
+    **_HEADS,
+    "in_channels": 4,
+    "num_layers": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "timestep_embed_dim": 8,
+    "text_hidden_dim": 24,
+    "num_text_layers": 2,
+    "text_num_attention_heads": 2,
+    "text_num_key_value_heads": 2,
+    "text_intermediate_size": 16,
+    "num_layerwise_text_blocks": 3,
+    "num_refiner_text_blocks": 3,
+    "axes_dims_rope": (4, 4, 4),
+}
+_QWEN_21 = {
+    **_HEADS,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "context_in_dim": 8,
+    "axes_dims_rope": (4, 4, 4),
+}
 _FLUX_STACKS = ("double_blocks.#.", "single_blocks.#.")
 _LUMINA_STACKS = ("layers.#.", "noise_refiner.#.", "context_refiner.#.")
 
@@ -323,5 +357,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("blocks.#.",),
         seeds=("blocks.2.",),
         ignored=r"pos_embed",
+    ),
+    "flux-3": Architecture(
+        _of("Flux3Transformer2DModel", _FLUX_3, {**_FLUX_3, "flow_map": True}),
+        "convert_flux3_transformer_checkpoint_to_diffusers",
+        (
+            "content_mode_blocks.image.#.",
+            "content_mode_blocks.image_cond.#.",
+            "txt_mode_blocks.#.",
+            "single_blocks.#.",
+        ),
+        back=native_back.FLUX_3,
+    ),
+    "krea-2": Architecture(
+        _of("Krea2Transformer2DModel", _KREA_2),
+        "convert_krea2_transformer_checkpoint_to_diffusers",
+        ("blocks.#.", "txtfusion.layerwise_blocks.#.", "txtfusion.refiner_blocks.#."),
+        back=native_back.KREA_2,
+        # The original keeps the six rows of each block's table as one vector.
+        ignored=r"^transformer_blocks\.\d+\.scale_shift_table",
+    ),
+    "qwen-image-2.1": Architecture(
+        _of("QwenImage21Transformer2DModel", _QWEN_21),
+        "convert_qwen_image21_transformer_checkpoint_to_diffusers",
+        ("transformer_blocks.#.",),
+        back=native_back.QWEN_IMAGE_21,
     ),
 }

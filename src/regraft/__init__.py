@@ -7,26 +7,32 @@
 
 from regraft.bases import Base, open_base
 from regraft.compare import compare
+from regraft.convert import convert
 from regraft.dialects import inspect_file, load_adapter
 from regraft.errors import RegraftError
 from regraft.methods import methods
-from regraft.result import TransferResult
+from regraft.result import ConvertResult, TransferResult, VerifyResult
 from regraft.retention.measure import measure
 from regraft.transfer import transfer
+from regraft.verify import verify
 from regraft.versions import regraft_version
 
 __version__ = regraft_version()
 
 __all__ = [
     "Base",
+    "ConvertResult",
     "RegraftError",
     "TransferResult",
+    "VerifyResult",
     "__version__",
     "compare",
+    "convert",
     "inspect_file",
     "load_adapter",
     "measure",
     "methods",
     "open_base",
     "transfer",
+    "verify",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from regraft.adapters import Adapter, LowRank, RankRule, Site, Update, cut, same_matrix
 from regraft.bases import Base
+from regraft.errors import NonFiniteTensor
 from regraft.methods import Method, MethodOptions, Refusal, SiteJob, get_method
 from regraft.methods.choose import PairFacts
 from regraft.pairing import Pair, Pairing, kind_of
@@ -38,9 +40,22 @@ class Carried:
 
 
 def energies_of(adapter: Adapter) -> dict[Site, float]:
-    """‖ΔW‖² of every site."""
+    """‖ΔW‖² of every site.
+
+    Raises
+    ------
+    NonFiniteTensor
+        One is beyond fp32.
+    """
     found = in_order(lambda update: update.energy(), adapter.updates.values())
-    return dict(zip(adapter.updates, found, strict=True))
+    energies = dict(zip(adapter.updates, found, strict=True))
+    for site, energy in energies.items():
+        if not math.isfinite(energy):
+            raise NonFiniteTensor(
+                f"The change at {site} is beyond what fp32 can hold.",
+                fix="The file is damaged or its training diverged; use an earlier checkpoint.",
+            )
+    return energies
 
 
 @dataclass

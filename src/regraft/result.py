@@ -81,3 +81,108 @@ class TransferResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {**asdict(self), "sites_carried": self.sites_carried}
+
+
+@dataclass(frozen=True)
+class ConvertedSite:
+    """One converted site.
+
+    ``share`` is its part of the adapter's energy, ``kept`` the share of its own energy that was
+    kept; ``rank_in`` is the rank it was trained at, where its family has one.
+    """
+
+    site: str
+    family: str
+    shape: tuple[int, ...]
+    rank_in: int
+    rank_out: int
+    parameters_out: int
+    share: float
+    kept: float
+
+
+@dataclass
+class ConvertResult:
+    """Everything a conversion reports.
+
+    Attributes
+    ----------
+    base : dict or None
+        None if no base was given; its hash is None if no weight of it was needed.
+    energy_kept : float
+        Share of the whole adapter's energy ‖ΔW‖² that was kept; exactly 1.0 if all of it was.
+    families : dict
+        Family → sites, energy kept, and the smallest and largest rank before and after.
+    parameters_in, parameters_out, bytes_in, bytes_out : int
+        Numbers stored, and the sizes of the weights files (0 if nothing was written).
+    sites_refused : dict
+        Site or tensor name → reason.
+    """
+
+    adapter: dict[str, Any]
+    base: dict[str, Any] | None
+    parameters: dict[str, Any]
+    sites: list[ConvertedSite] = field(default_factory=list)
+    sites_refused: dict[str, str] = field(default_factory=dict)
+    energy_kept: float = 0.0
+    families: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parameters_in: int = 0
+    parameters_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    output: str | None = None
+    sha256: str | None = None
+    dialect: str = ""
+    dtype: str = ""
+    dry_run: bool = False
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: ``status`` is "passed", "failed" or "inconclusive"."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass
+class VerifyResult:
+    """What a verification found.
+
+    Attributes
+    ----------
+    status : "passed", "failed" or "inconclusive"
+        Passed only if every check passed; failed if any failed.
+    how : str
+        In a few words: byte for byte, or tensors within a tolerance, or the reason.
+    """
+
+    file: str
+    operation: str = ""
+    checks: list[Check] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> str:
+        found = {check.status for check in self.checks}
+        if "failed" in found:
+            return "failed"
+        return "passed" if found == {"passed"} else "inconclusive"
+
+    @property
+    def how(self) -> str:
+        return next(
+            (c.detail for c in reversed(self.checks) if c.status == self.status), "nothing checked"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"status": self.status, "how": self.how, **asdict(self)}

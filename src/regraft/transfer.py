@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +14,10 @@ import torch
 from regraft.adapters import Adapter
 from regraft.bases import Base, open_base
 from regraft.crossing import Crossing, Progress, energies_of, silent
-from regraft.dialects import load_adapter, write_adapter
-from regraft.dialects.names import DIALECTS
+from regraft.dialects import DIALECTS, load_adapter, write_adapter
+from regraft.dialects.write import holdable
 from regraft.errors import BadOption, NothingCarried, NotRecommended
+from regraft.files import Located, locate
 from regraft.files.atomic import check_free
 from regraft.methods import MethodOptions, get_method
 from regraft.methods.choose import Verdict, choose
@@ -50,6 +53,8 @@ def transfer(
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
+    name: str | None = None,
+    allow_unknown: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     library: SubspaceLibrary | None = None,
@@ -91,6 +96,10 @@ def transfer(
         Where weights are decomposed: "auto", "cpu", "cuda", …
     seed : int
         Recorded. No method of this version draws random numbers.
+    name : str, optional
+        What the output's metadata call the adapter; default its repository's or file's own name.
+    allow_unknown : bool
+        Leave out tensors that fit no rule, and record them; else they are an error.
     overwrite, dry_run : bool
     library : SubspaceLibrary, optional
         Share one between calls to share its cache.
@@ -116,7 +125,10 @@ def transfer(
         cross_terms=cross_terms,
         align=align,
     )
-    _check_options(method, dialect, rank, rank_energy, dtype, output, dry_run)
+    if method != "auto":
+        get_method(method)
+    check_output(dialect, dtype, None if dry_run else output)
+    _check_rank(rank, rank_energy)
     if method != "auto":
         get_method(method).check(options)
     for path in (output, report):
@@ -126,7 +138,9 @@ def transfer(
     target_base = target if isinstance(target, Base) else open_base(target)
     library = library or SubspaceLibrary(device=device)
     before = library.decompositions
-    loaded = load_adapter(adapter, source_base)
+    located = locate(adapter)
+    loaded = load_adapter(located.path, source_base, allow_unknown=allow_unknown)
+    loaded.name = name or adapter_name(located, loaded.name)
     energies = energies_of(loaded)
     total = sum(energies.values())
     if total == 0:
@@ -137,13 +151,16 @@ def transfer(
     crossing = Crossing(loaded, source_base, target_base, library, paired, energies, progress)
     verdict = choose(crossing.facts())
     library.cache.commit()
-    result = _empty_result(adapter, loaded, source_base, target_base, verdict, paired, library)
+    result = _empty_result(located, loaded, source_base, target_base, verdict, paired, library)
     result.parameters = {
         **options.to_dict(),
+        "method": method,
         "rank": rank,
         "rank_energy": rank_energy,
         "pairing": pairing,
         "seed": seed,
+        "allow_unknown": allow_unknown,
+        "device": library.device.type,
     }
     chosen = verdict.method if method == "auto" else method
     if chosen is None:
@@ -165,14 +182,16 @@ def transfer(
     result.energy_kept_by_copy = carried.energy_kept_by_copy
     result.predicted[used.name] = CURVE.retention(verdict.cosine, carried.energy_kept)
     library.cache.commit()
-    if not carried.adapter.updates or result.energy_kept == 0:
+    result.dialect = dialect or default_dialect(loaded.dialect, output)
+    if carried.adapter.updates:
+        _leave_out(result, holdable(carried.adapter, target_base, result.dialect))
+    if not result.sites or result.energy_kept == 0:
         reasons = sorted(set(result.sites_refused.values()))[:3]
         raise NothingCarried(
             "Nothing could be carried, so nothing was written: " + "; ".join(reasons) + ".",
             fix="`regraft compare` shows how the two bases relate.",
         )
     result.decompositions = library.decompositions - before
-    result.dialect = dialect or _default_dialect(loaded.dialect, output)
     stored = DTYPES[dtype] if dtype else _stored_dtype(loaded)
     result.dtype = _DTYPE_NAMES[stored]
     if output is not None and not dry_run:
@@ -193,33 +212,41 @@ def transfer(
     return result
 
 
-def _check_options(
-    method: str,
-    dialect: str | None,
-    rank: int | str | None,
-    rank_energy: float | None,
-    dtype: str | None,
-    output: str | Path | None,
-    dry_run: bool,
-) -> None:
-    if method != "auto":
-        get_method(method)
-    if dialect is not None and dialect not in DIALECTS:
-        raise BadOption(f"No dialect {dialect!r}.", fix=f"Choose one of {', '.join(DIALECTS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise BadOption(f"No dtype {dtype!r}.", fix=f"Choose one of {', '.join(DTYPES)}.")
+def _leave_out(result: TransferResult, refused: Mapping[str, str]) -> None:
+    """Record what the output's dialect cannot hold as not carried."""
+    lost = [site for site in result.sites if site.site in refused]
+    result.sites = [site for site in result.sites if site.site not in refused]
+    result.sites_refused |= refused
+    if lost:
+        result.energy_kept -= sum(site.share * site.kept for site in lost)
+
+
+def _check_rank(rank: int | str | None, rank_energy: float | None) -> None:
     if rank is not None and rank != "full" and (not isinstance(rank, int) or rank < 1):
         raise BadOption(f"The rank {rank!r} is not a positive number.", fix="Or say full.")
     if rank_energy is not None and not 0 < rank_energy <= 1:
         raise BadOption(f"The rank energy {rank_energy} is not in (0, 1].")
     if rank is not None and rank_energy is not None:
         raise BadOption("A rank and a rank energy were both given.", fix="Give one of them.")
-    if dialect == "peft" and str(output).endswith(".safetensors"):
+
+
+def check_output(dialect: str | None, dtype: str | None, output: str | Path | None) -> None:
+    """Whether a dialect and a dtype exist, and the output's name fits the dialect.
+
+    Raises
+    ------
+    BadOption
+    """
+    if dialect is not None and dialect not in DIALECTS:
+        raise BadOption(f"No dialect {dialect!r}.", fix=f"Choose one of {', '.join(DIALECTS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise BadOption(f"No dtype {dtype!r}.", fix=f"Choose one of {', '.join(DTYPES)}.")
+    single = str(output).endswith(".safetensors")
+    if dialect == "peft" and single:
         raise BadOption(
             "The peft dialect is a folder.", file=str(output), fix="Name it without .safetensors."
         )
-    named = dialect in ("kohya", "diffusers", "lora-x")
-    if named and output is not None and not str(output).endswith(".safetensors") and not dry_run:
+    if dialect not in (None, "peft") and output is not None and not single:
         raise BadOption(
             f"The {dialect} dialect is one file.",
             file=str(output),
@@ -227,7 +254,7 @@ def _check_options(
         )
 
 
-def _default_dialect(loaded: str, output: str | Path | None) -> str:
+def default_dialect(loaded: str, output: str | Path | None) -> str:
     """The input's own dialect, unless the output's name asks for a file or a folder."""
     if output is None:
         return loaded
@@ -243,13 +270,43 @@ def _default_dialect(loaded: str, output: str | Path | None) -> str:
     return loaded
 
 
+def adapter_name(located: Located, read: str) -> str:
+    """What to call an adapter: its repository's own name, or what its file says."""
+    return located.repo.rpartition("/")[2] if located.repo else read
+
+
+def adapter_facts(located: Located, loaded: Adapter) -> dict[str, Any]:
+    """What results say of the adapter; all but its ``ref`` goes into provenance."""
+    return {
+        "ref": located.ref,
+        "name": loaded.name,
+        "repo": located.repo,
+        "revision": located.revision,
+        "family": loaded.family,
+        "dialect": loaded.dialect,
+        "rank": loaded.rank,
+        "sites": len(loaded.updates),
+        "prefixed": loaded.prefixed,
+        "sha256": loaded.sha256,
+        "config_sha256": _config_sha256(loaded.config),
+        "trigger_words": loaded.metadata.get("modelspec.trigger_phrase", ""),
+    }
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str | None:
+    """A PEFT config's hash: its scale is not in the weights file. None without one."""
+    if not config:
+        return None
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def _stored_dtype(loaded: Adapter) -> torch.dtype:
     dtype = next(iter(loaded.updates.values())).dtype
     return dtype if dtype in _DTYPE_NAMES else torch.float32
 
 
 def _empty_result(
-    ref: str | Path,
+    located: Located,
     loaded: Adapter,
     source: Base,
     target: Base,
@@ -268,17 +325,7 @@ def _empty_result(
         why=verdict.why,
         method="none",
         parameters={},
-        adapter={
-            "ref": str(ref),
-            "name": loaded.name,
-            "family": loaded.family,
-            "dialect": loaded.dialect,
-            "rank": loaded.rank,
-            "sites": len(loaded.updates),
-            "prefixed": loaded.prefixed,
-            "sha256": loaded.sha256,
-            "trigger_words": loaded.metadata.get("modelspec.trigger_phrase", ""),
-        },
+        adapter=adapter_facts(located, loaded),
         source=_base_facts(source, loaded.updates, library),
         target=_base_facts(target, targets, library),
         evidence=evidence,
@@ -304,6 +351,7 @@ def _provenance(result: TransferResult) -> dict[str, Any]:
     drop = ("ref",)
     return {
         "format": 1,
+        "operation": "transfer",
         "adapter": {k: v for k, v in result.adapter.items() if k not in drop},
         "source": {k: v for k, v in result.source.items() if k not in drop},
         "target": {k: v for k, v in result.target.items() if k not in drop},
@@ -313,6 +361,7 @@ def _provenance(result: TransferResult) -> dict[str, Any]:
         "energy_kept": round(result.energy_kept, 6),
         "sites_refused": result.sites_refused,
         "dtype": result.dtype,
+        "dialect": result.dialect,
         "versions": result.versions,
     }
 

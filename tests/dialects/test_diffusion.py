@@ -277,7 +277,7 @@ def test_what_does_not_fit_the_dtype_is_an_error_and_no_file(sd, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dialect", ["kohya", "lora-x"])
+@pytest.mark.parametrize("dialect", ["kohya", "comfyui"])
 def test_dialects_say_what_they_cannot_hold(dialect, llama_base, tmp_path):
     name = "model.embed_tokens"
     adapter = random_adapter(llama_base, {name: 2}, layouts={name: "embedding"})

@@ -181,24 +181,33 @@ def test_patterns_follow_pefts_own_rule():
         assert pattern_value(patterns, module, "default") == theirs
 
 
-def test_what_peft_saves_beside_the_lora_is_refused_by_name(llama_model, llama_base, tmp_path):
+def test_what_peft_saves_whole_is_carried_or_refused_by_name(llama_model, llama_base, tmp_path):
     trained(
         llama_model, tmp_path / "in", target_modules=["q_proj"], modules_to_save=["lm_head"],
         bias="all",
     )  # fmt: skip
     path = tmp_path / "in/adapter_model.safetensors"
+    inside = "base_model.model.model.layers.0.self_attn.q_proj"
     state = load_file(path)
-    state["base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"] = torch.ones(16)
-    state["base_model.model.model.layers.0.self_attn.q_proj.bias"] = torch.ones(16)
+    state["base_model.model.lm_head.weight"] += 0.5
+    state |= {f"{inside}.bias": torch.ones(16), "base_model.model.score.weight": torch.ones(2, 16)}
     save_file(state, path)
+    edit(tmp_path / "in", modules_to_save=["lm_head", "score"])
     adapter = load_adapter(tmp_path / "in", llama_base)
-    reasons = {k.rpartition("model.")[2]: v for k, v in adapter.refused.items()}
-    assert "modules_to_save" in reasons["lm_head.weight"]
-    assert "bias" in reasons["layers.0.self_attn.q_proj.lora_B.bias"]
-    assert "bias" in reasons["layers.0.self_attn.q_proj.bias"]
-    keys = {k for k in state if k.endswith(("lora_A.weight", "lora_B.weight"))}
-    assert len(keys) == 2 * len(adapter.updates)
-    assert len(keys) + len(adapter.refused) == len(state)
+    assert adapter.family == "lora + whole"
+    found = deltas_of(adapter)
+    assert torch.allclose(found["lm_head"], torch.full_like(found["lm_head"], 0.5), atol=1e-6)
+    assert set(adapter.refused) == {f"{inside}.bias", "base_model.model.score"}
+    assert "bias" in adapter.refused[f"{inside}.bias"]
+    assert "does not have" in adapter.refused["base_model.model.score"]
+
+
+def test_a_bias_on_the_factors_of_a_layer_without_one(llama_model, llama_base, tmp_path):
+    trained(llama_model, tmp_path / "in", target_modules=["q_proj"])
+    path = tmp_path / "in/adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias"
+    save_file({**load_file(path), key: torch.ones(16)}, path)
+    assert set(load_adapter(tmp_path / "in", llama_base).refused) == {key}
 
 
 def edit(folder, **changes):

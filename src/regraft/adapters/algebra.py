@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from regraft.errors import NonFiniteTensor
+
 Factors = tuple[Tensor, Tensor]
 
 
@@ -34,10 +36,21 @@ def svd_of_product(
     -------
     u, s, vh : Tensors of shape (m, q), (q,), (q, n)
         q ≤ r; the largest entry of each column of ``u`` is positive, so signs are reproducible.
+
+    Raises
+    ------
+    NonFiniteTensor
+        The product is beyond fp32.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    core = r_left @ r_right.mT
+    if not torch.isfinite(core).all():  # LAPACK would hang, or say something else
+        raise NonFiniteTensor(
+            "The change is beyond what fp32 can hold.",
+            fix="The file is damaged or its training diverged; use an earlier checkpoint.",
+        )
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
     return fixed_signs(q_left @ u, s, vh @ q_right.mT)
 
 

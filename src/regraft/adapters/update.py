@@ -31,7 +31,7 @@ Rows = tuple[tuple[int, int], ...]
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """The (rows, columns) of a weight seen as a matrix."""
-    return shape[0], prod(shape[1:])
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
 def balance(

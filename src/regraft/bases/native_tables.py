@@ -63,6 +63,12 @@ def _entry(native: str, parts: str | Mapping[str, str]) -> Entry:
     return Entry(native, tuple(cut.items()), max(b for ranges in cut.values() for _, b in ranges))
 
 
+@cache
+def name_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern of names as a regular expression; the block's number is its only group."""
+    return re.compile(re.escape(pattern).replace(r"\#", r"(\d{1,6})").replace(r"\$", r"(\d{1,6})"))
+
+
 class _Index:
     """Names of one set → the entry each belongs to, its number filled in."""
 
@@ -70,9 +76,8 @@ class _Index:
         self._by_shape: dict[str, list[tuple[str, re.Pattern[str], Entry]]] = {}
         self._ends: set[str] = set()
         for pattern, entry in patterns:
-            regex = re.escape(pattern).replace(r"\#", r"(\d{1,6})").replace(r"\$", r"(\d{1,6})")
             found = self._by_shape.setdefault(shape_of_name(pattern), [])
-            found.append((pattern, re.compile(regex), entry))
+            found.append((pattern, name_pattern(pattern), entry))
             # The last block's own form is tried first.
             found.sort(key=lambda f: "$" not in f[0])
             if "$" in pattern:
@@ -131,23 +136,33 @@ class Table:
         return _Index((c, e) for e in self.entries for c, _ in e.parts)
 
     @cached_property
-    def modules(self) -> dict[bool, tuple[frozenset[str], frozenset[str]]]:
-        """native? → shapes of the module names it may have, and modules it must have."""
-        sides = {
-            True: [(e.native, e.native) for e in self.entries],
-            False: [(c, e.native) for e in self.entries for c, _ in e.parts],
-        }
+    def modules(self) -> dict[bool, Modules]:
+        """native? → the modules under that set of names."""
         return {
-            side: (
-                frozenset(shape_of_name(module_of(n)) for n, _ in names),
-                frozenset(
-                    module_of(n)
-                    for n, entry in names
-                    if not {"#", "$"} & set(n) and entry not in self.optional
-                ),
-            )
-            for side, names in sides.items()
+            True: Modules((e.native, e.native in self.optional) for e in self.entries),
+            False: Modules(
+                (c, e.native in self.optional) for e in self.entries for c, _ in e.parts
+            ),
         }
+
+
+class Modules:
+    """The module names that a model may have, and those it must have, by (parameter, optional?)."""
+
+    def __init__(self, parameters: Iterable[tuple[str, bool]]) -> None:
+        parameters = list(parameters)
+        self.must = frozenset(
+            module_of(n)
+            for n, optional in parameters
+            if n.endswith(".weight") and not optional and not {"#", "$"} & set(n)
+        )
+        self._may: dict[str, list[re.Pattern[str]]] = {}
+        for pattern in dict.fromkeys(module_of(n) for n, _ in parameters):
+            self._may.setdefault(shape_of_name(pattern), []).append(name_pattern(pattern))
+
+    def __contains__(self, module: object) -> bool:
+        options = self._may.get(shape_of_name(str(module)), [])
+        return any(regex.fullmatch(str(module)) for regex in options)
 
 
 @cache
@@ -175,13 +190,14 @@ def recognise(modules: Iterable[str]) -> tuple[Table, bool] | None:
     Any depth and width. Where the two sets are the same, they count as diffusers'.
     """
     own = {m for m in modules if m}
-    shapes = {shape_of_name(m) for m in own}
     best: tuple[Table, bool] | None = None
     most = 0.0
     for table in tables():
         for native in (False, True):
-            may, must = table.modules[native]
-            share = len(shapes & may) / max(1, len(shapes))
-            if share >= _KNOWN and share > most and own >= must - {""}:
+            names = table.modules[native]
+            if not own >= names.must:
+                continue
+            share = sum(m in names for m in own) / max(1, len(own))
+            if share >= _KNOWN and share > most:
                 best, most = (table, native), share
     return best

@@ -8,7 +8,16 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.table import Table
 
-from regraft.cli.screen import clean, number, percent, print_json, progress, stdout
+from regraft.cli.screen import (
+    AllowPickle,
+    clean,
+    number,
+    percent,
+    pickles,
+    print_json,
+    progress,
+    stdout,
+)
 from regraft.compare import Comparison, SiteComparison, compare
 from regraft.report.places import split_site
 
@@ -24,11 +33,12 @@ def compare_command(
     pairing: Annotated[str, typer.Option(help="auto, name or similarity.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     every: Annotated[bool, typer.Option("--every", help="List every site, not kinds.")] = False,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Show lineage, pairing, similarity per site, what each method would keep, and the verdict."""
-    with progress(quiet) as follow:
+    with pickles(allow_pickle), progress(quiet) as follow:
         found = compare(
             source,
             target,

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from regraft.cli import compare as _compare
+from regraft.cli import convert as _convert
 from regraft.cli import demo as _demo
 from regraft.cli import inspect as _inspect
 from regraft.cli import measure as _measure
 from regraft.cli import methods as _methods
 from regraft.cli import transfer as _transfer
+from regraft.cli import verify as _verify
 from regraft.cli.screen import fail
 from regraft.errors import RegraftError
 from regraft.versions import regraft_version
@@ -45,6 +47,8 @@ def options(
 
 
 app.command("transfer")(_transfer.transfer_command)
+app.command("convert")(_convert.convert_command)
+app.command("verify")(_verify.verify_command)
 app.command("inspect")(_inspect.inspect_command)
 app.command("compare")(_compare.compare_command)
 app.command("measure")(_measure.measure_command)

@@ -7,22 +7,51 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regraft.crossing import Progress as Report
 from regraft.errors import RegraftError
+from regraft.files import allow_pickles
+from regraft.files.pickle_gate import WARNING as PICKLE_WARNING
 
-#: Terminal control characters: file names and metadata are other people's text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: Characters that move the cursor, colour, hide or reorder text: file names and metadata are other
+#: people's words, and must not be able to write lines of their own.
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"
+    r"\ud800-\udfff]"
+)
+_BREAKS = re.compile(r"[\t\n\r\u2028\u2029]+")
+
+#: The option that every command which opens files has.
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt files too, in a fenced process."),
+]
 
 
 def clean(text: object) -> str:
-    """Text from a file, safe to print: no control characters, no rich markup."""
-    return escape(_CONTROL.sub("", str(text)))
+    """Text from a file, safe to print: one line, no control characters, no rich markup."""
+    return escape(_CONTROL.sub("", _BREAKS.sub(" ", str(text))))
+
+
+@contextmanager
+def pickles(allow: bool) -> Iterator[None]:
+    """Read pickles inside it if ``allow`` is true; say why that is dangerous, and what was left."""
+    if not allow:
+        yield
+        return
+    stderr().print(f"[bold]--allow-pickle:[/] {PICKLE_WARNING}", soft_wrap=True)
+    with allow_pickles() as gate:
+        try:
+            yield
+        finally:
+            for note in gate.notes:
+                stderr().print(f"note: {clean(note)}", soft_wrap=True)
 
 
 def stdout() -> Console:
@@ -34,8 +63,10 @@ def stderr() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """One JSON object on standard output; what a terminal would obey is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    sys.stdout.write(text + "\n")
 
 
 def fail(error: RegraftError) -> int:

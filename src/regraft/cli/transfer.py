@@ -9,7 +9,17 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.table import Table
 
-from regraft.cli.screen import clean, number, percent, print_json, progress, stderr, stdout
+from regraft.cli.screen import (
+    AllowPickle,
+    clean,
+    number,
+    percent,
+    pickles,
+    print_json,
+    progress,
+    stderr,
+    stdout,
+)
 from regraft.errors import BadOption, NotRecommended
 from regraft.result import TransferResult
 from regraft.transfer import transfer
@@ -66,6 +76,13 @@ def transfer_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     seed: Annotated[int, typer.Option(help="Recorded; no method here is random.")] = 0,
+    allow_unknown: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unknown/--strict", help="Leave out tensors that fit no rule, and record them."
+        ),
+    ] = False,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Do everything but write.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
@@ -75,7 +92,7 @@ def transfer_command(
     if output is None and not dry_run:
         raise BadOption("No output was named.", fix="Pass -o OUT, or --dry-run to write nothing.")
     try:
-        with progress(quiet) as follow:
+        with pickles(allow_pickle), progress(quiet) as follow:
             result = transfer(
                 adapter,
                 source=source,
@@ -95,6 +112,7 @@ def transfer_command(
                 dtype=dtype,
                 device=device,
                 seed=seed,
+                allow_unknown=allow_unknown,
                 overwrite=overwrite,
                 dry_run=dry_run,
                 progress=follow,

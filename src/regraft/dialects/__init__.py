@@ -2,7 +2,7 @@
 
 from regraft.dialects.inspect import inspect_file
 from regraft.dialects.load import load_adapter
-from regraft.dialects.names import DIALECTS
-from regraft.dialects.write import write_adapter
+from regraft.dialects.write import holdable, write_adapter
+from regraft.dialects.writers import DIALECTS
 
-__all__ = ["DIALECTS", "inspect_file", "load_adapter", "write_adapter"]
+__all__ = ["DIALECTS", "holdable", "inspect_file", "load_adapter", "write_adapter"]

@@ -14,8 +14,8 @@ from regraft.adapters.families import Family, Module, get_family
 from regraft.adapters.update import Layout
 from regraft.bases import Base, open_base
 from regraft.bases.native import Part
-from regraft.dialects.keys import PEFT_PREFIX
-from regraft.dialects.names import Parts, resolve
+from regraft.dialects.keys import BESIDE, PEFT_PREFIX
+from regraft.dialects.lookup import Parts, resolve
 from regraft.dialects.scale import component_config, config_scale
 from regraft.dialects.source import AdapterSource, open_source
 from regraft.errors import MalformedFile, RegraftError, ShapeMismatch, SitesNotInBase
@@ -24,8 +24,12 @@ from regraft.parallel import in_order
 #: transformers' model types whose layers are Conv1D, which stores its weight as (in, out).
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_ENDS = (".c_attn", ".q_attn", ".c_fc", ".c_proj")
-#: Roles that stand beside any family in one module, and are a family of their own.
-_BESIDE = ("diff_b", "b_norm")
+#: Roles whose tensors are not trained numbers.
+_WHOLE_NUMBERS = ("alpha", "on_input", "ranknum")
+#: Roles that change a bias.
+_BIAS_ROLES = ("up_bias", *BESIDE)
+#: Roles of modules that may be missing from the base: trained whole, beside the adapter.
+_OPTIONAL = {"whole", "whole_bias", "tokens"}
 
 
 def load_adapter(
@@ -56,7 +60,8 @@ def load_adapter(
     source = open_source(ref, allow_unknown=allow_unknown)
     base = open_base(base) if isinstance(base, str | Path) else base
     file = str(source.path)
-    resolution = resolve(source.modules, base, file)
+    optional = {n for n, roles in source.modules.items() if roles.keys() <= _OPTIONAL}
+    resolution = resolve(source.modules, base, file, optional=optional)
     if not resolution.parts:
         why = next(iter(resolution.refused.values()), "no module of it is there")
         raise SitesNotInBase(
@@ -82,7 +87,8 @@ def load_adapter(
         adapter.notes.append("No adapter_config.json beside the file: alpha is taken as the rank.")
     found = in_order(lambda pair: _updates(source, *pair, base), resolution.parts.items())
     whose: dict[Site, str] = {}
-    for name, updates in zip(resolution.parts, found, strict=True):
+    for name, (updates, refused) in zip(resolution.parts, found, strict=True):
+        adapter.refused |= refused
         for site, update in updates.items():
             if site in whose:
                 raise MalformedFile(
@@ -97,12 +103,14 @@ def load_adapter(
     return adapter
 
 
-def _updates(source: AdapterSource, name: str, parts: Parts, base: Base) -> dict[Site, Update]:
-    """The updates of one module of the file, each at its site."""
+def _updates(
+    source: AdapterSource, name: str, parts: Parts, base: Base
+) -> tuple[dict[Site, Update], dict[str, str]]:
+    """The updates of one module of the file, each at its site; and what has no site, with why."""
     roles = source.modules[name]
     read = {r: source.file.read(t, finite=True) for r, t in roles.items()}
     for role, tensor in read.items():
-        if role not in ("alpha", "on_input") and not tensor.is_floating_point():
+        if role not in _WHOLE_NUMBERS and not tensor.is_floating_point():
             raise MalformedFile(
                 f"A factor is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised "
                 "adapters are not read.",
@@ -114,11 +122,22 @@ def _updates(source: AdapterSource, name: str, parts: Parts, base: Base) -> dict
     try:
         built: dict[str, Update] = {}
         for family, own in _by_family(source, name, read):
-            built |= family.build(_module(source, name, parts, own, base))
+            made = family.build(_module(source, name, parts, own, base))
+            if made.keys() & built.keys():
+                raise MalformedFile(
+                    f"The module {name} changes its {next(iter(made.keys() & built.keys()))} twice."
+                )
+            built |= made
         placed: dict[Site, Update] = {}
+        refused: dict[str, str] = {}
         for parameter, update in built.items():
-            placed |= _placed(update, parameter, parts, base)
-        return placed
+            lost = [p.site for p in parts if _site(p, parameter) not in base]
+            if lost and parameter == "bias":
+                key = next((roles[r] for r in _BIAS_ROLES if r in roles), name)
+                refused[key] = f"a change of the bias of {lost[0]}, which the base does not have"
+            else:
+                placed |= _placed(update, parameter, parts, base)
+        return placed, refused
     except RegraftError as error:
         if error.file:
             raise
@@ -139,11 +158,10 @@ def _by_family(
 ) -> list[tuple[Family, dict[str, Tensor]]]:
     """The family of a module with its tensors; a bias change beside it is a family of its own."""
     family = get_family(source.families[name])
-    beside = {r: t for r, t in read.items() if r in _BESIDE and family.name != "full"}
-    own = {r: t for r, t in read.items() if r not in beside}
+    own = {r: t for r, t in read.items() if BESIDE.get(r, family.name) == family.name}
     found = [(family, own)]
-    if beside:
-        found.append((get_family("full"), beside))
+    for other in {BESIDE[r] for r in read.keys() - own.keys()}:
+        found.append((get_family(other), {r: read[r] for r in read if BESIDE.get(r) == other}))
     return found
 
 
@@ -189,7 +207,7 @@ def _module(
         alpha=alpha,
         weight=weight,
         bias=lambda: whole("bias"),
-        settings=_settings(source, name, first),
+        settings=source.settings(name),
     )
 
 
@@ -197,7 +215,7 @@ def _placed(update: Update, parameter: str, parts: Parts, base: Base) -> dict[Si
     """A module's update at the site, or cut into the sites, that its name means."""
     found: dict[Site, Update] = {}
     for part in parts:
-        site = part.site.with_parameter(parameter) if parameter == "bias" else part.site
+        site = _site(part, parameter)
         if site not in base:
             raise ShapeMismatch(f"The base has no {site}.")
         own = update if len(parts) == 1 and not part.rows else update.rows(_rows(part, update))
@@ -208,6 +226,10 @@ def _placed(update: Update, parameter: str, parts: Parts, base: Base) -> dict[Si
         m, n = matrix_shape(shape)
         found[parts[0].site] = LowRank(torch.zeros(m, 1), torch.zeros(1, n), 1.0, shape)
     return found
+
+
+def _site(part: Part, parameter: str) -> Site:
+    return part.site.with_parameter(parameter) if parameter == "bias" else part.site
 
 
 def _rows(part: Part, update: Update) -> Rows:
@@ -238,10 +260,6 @@ def _own_config(source: AdapterSource, name: str, site: Site) -> tuple[dict[str,
     if own is not source.config:
         module = module.removeprefix(f"{site.component}.")
     return own, module
-
-
-def _settings(source: AdapterSource, name: str, site: Site) -> dict[str, object]:
-    return _own_config(source, name, site)[0]
 
 
 def _scale(source: AdapterSource, name: str, site: Site, rank: int, alpha: float | None) -> float:

@@ -10,19 +10,21 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
+from regraft.adapters.patterns import matches_end
 from regraft.errors import MalformedFile
 
 
 def pattern_value(patterns: dict[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first key that matches the whole name or its dotted end.
 
-    Keys are regular expressions, so they come from the file; a name is at most 1,024 characters.
+    Raises
+    ------
+    MalformedFile
     """
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matches_end(key, module):
             return value
     return patterns.get(module, default)
 
@@ -50,7 +52,7 @@ def config_scale(config: dict[str, Any], module: str, rank: int, file: str) -> f
             config.get("lora_alpha", config.get("alpha", rank)),
         )
         said, alpha = int(said), float(alpha)
-    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MalformedFile(
             f"The adapter's config gives no usable rank and alpha for {module} ({error}).",
             file=file,

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from regraft.adapters.families import family_meant, family_of, get_family
-from regraft.dialects.families import refuse_other_config, refuse_other_family
-from regraft.dialects.keys import PEFT_PREFIX, by_module
-from regraft.dialects.names import LORA_X_FORMAT, split_kohya
+from regraft.dialects.keys import BESIDE, PEFT_PREFIX, by_module
+from regraft.dialects.names import LORA_X_FORMAT, split_dotted, split_kohya
+from regraft.dialects.refused import (
+    beside,
+    refuse_other_config,
+    refuse_other_family,
+    refuse_unchosen,
+)
+from regraft.dialects.scale import component_config
+from regraft.dialects.wrote import writer_of
 from regraft.errors import (
     FamilyNotYet,
     InputNotFound,
@@ -38,6 +47,8 @@ class AdapterSource:
         Tensor name → reason, for keys that are understood but not carried.
     config : dict
         ``adapter_config.json``, or the ``lora_adapter_metadata`` of a diffusers file.
+    writer : str
+        The program that wrote it, as far as the file tells; "unknown" if it does not.
     name : str
         What to call it: the hub repository's, folder's or file's own name.
     config_path : Path or None
@@ -54,6 +65,7 @@ class AdapterSource:
     notes: list[str] = field(default_factory=list)
     name: str = ""
     config_path: Path | None = None
+    writer: str = "unknown"
 
     @property
     def path(self) -> Path:
@@ -63,6 +75,15 @@ class AdapterSource:
     def family(self) -> str:
         """The families of its modules, the most frequent first."""
         return " + ".join(name for name, _ in Counter(self.families.values()).most_common())
+
+    def settings(self, module: str) -> dict[str, Any]:
+        """What the file says of itself that speaks of a module.
+
+        Its config; the metadata and the trainer's network arguments where it has none.
+        """
+        if self.config:
+            return _own_config(self.config, module)
+        return network_settings(self.file.metadata)
 
     def rank(self, module: str) -> int | None:
         """The rank one module was trained at, by the shapes of its tensors."""
@@ -124,10 +145,10 @@ def open_source(ref: str | Path, *, allow_unknown: bool = False) -> AdapterSourc
             )
         path = files[0]
     file = TensorFile(path)
-    beside = path.parent / "adapter_config.json"
-    if not config and beside.is_file() and path.name == "adapter_model.safetensors":
-        config = _read_json(beside)
-        refuse_other_config(config, beside)
+    at_its_side = path.parent / "adapter_config.json"
+    if not config and at_its_side.is_file() and path.name == "adapter_model.safetensors":
+        config = _read_json(at_its_side)
+        refuse_other_config(config, at_its_side)
     keys = list(file)
     if not keys:
         raise NotAnAdapter("The file holds no tensors.", file=path, fix="Check which file this is.")
@@ -138,15 +159,18 @@ def open_source(ref: str | Path, *, allow_unknown: bool = False) -> AdapterSourc
     refuse_other_family(keys, path)
     grouped = _group(keys, file, config, allow_unknown)
     dialect = _dialect(grouped.modules, bool(config))
+    general = settings or network_settings(file.metadata)
+    told = at_its_side if config else path
     families = {
-        name: _family(name, roles, settings, file) for name, roles in grouped.modules.items()
+        name: _family(name, roles, general, file, told) for name, roles in grouped.modules.items()
     }
     if "lora-x" in families.values():
         dialect = _lora_x(families, file)
     source = AdapterSource(
         str(ref), file, dialect, grouped.modules, families, settings, grouped.refused
     )
-    source.config_path = beside if config else None
+    source.config_path = at_its_side if config else None
+    source.writer = writer_of(keys, file.metadata, config)
     if located.repo:
         source.name = located.repo.rpartition("/")[2]
     else:
@@ -200,9 +224,17 @@ def _group(
                     fix="Remove one of them.",
                 )
             roles[role] = key
-    reasons = {key: _not_an_update(key, config) for key in rest}
-    refused = {key: reason for key, reason in reasons.items() if reason is not None}
-    unknown = [key for key, reason in reasons.items() if reason is None]
+    refused: dict[str, str] = {}
+    unknown: list[str] = []
+    for key in rest:
+        meant = beside(key, config)
+        if isinstance(meant, tuple):
+            modules.setdefault(meant[0], {})[meant[1]] = key
+        elif meant is None:
+            unknown.append(key)
+        else:
+            refused[key] = meant
+    _share(modules, unknown)
     if not modules:
         _maybe_textual_inversion(keys, file)
         raise NotAnAdapter(
@@ -223,18 +255,64 @@ def _group(
     return _Grouped(modules, refused)
 
 
-def _family(name: str, roles: dict[str, str], settings: dict[str, Any], file: TensorFile) -> str:
+def _share(modules: dict[str, dict[str, str]], unknown: list[str]) -> None:
+    """Give VeRA's two matrices, which its file holds once, to every module that needs them."""
+    found = {}
+    for key in list(unknown):
+        if match := re.fullmatch(r"base_model\.vera_([AB])(\.\w+)?", key):
+            found[f"vera_{match[1].lower()}"] = key
+            unknown.remove(key)
+    for roles in modules.values():
+        if "vera_lambda_b" in roles:
+            roles |= found
+
+
+def network_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A file's metadata as settings, the arguments a trainer gave its network among them."""
+    settings: dict[str, Any] = {k: v for k, v in metadata.items() if len(v) < 1000}
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        arguments = {}
+    return settings | arguments if isinstance(arguments, dict) else settings
+
+
+def _own_config(config: dict[str, Any], module: str) -> dict[str, Any]:
+    split = split_dotted(module.removeprefix(PEFT_PREFIX))
+    return component_config(config, split[0].rstrip(".")) if split else config
+
+
+def _family(
+    name: str, roles: dict[str, str], general: dict[str, Any], file: TensorFile, told: Path
+) -> str:
     """The family of one module.
 
     Raises
     ------
     MalformedFile
         Its tensors make no whole update.
+    FamilyNotYet
+        The settings mean a family that is not read.
     """
-    beside = {"diff_b", "b_norm"}
-    family = family_of(roles, settings) or family_of(roles.keys() - beside, settings)
+    settings = _own_config(general, name)
+    family = family_of(roles, settings) or family_of(roles.keys() - BESIDE.keys(), settings)
     if family is not None:
+        refuse_unchosen(family, settings, told)
+        if settings.get("use_dora") and family.name == "lora" and "down" in roles:
+            raise MalformedFile(
+                f"The config says DoRA, but the module {name} has no magnitude.",
+                file=file.path,
+                tensor=next(iter(roles.values())),
+                fix="Some tools strip it; get the file as it was saved.",
+            )
         return family.name
+    if "vera_lambda_b" in roles and "vera_a" not in roles:
+        raise FamilyNotYet(
+            "This VeRA file does not hold the random matrices that its layers share.",
+            file=file.path,
+            tensor=roles["vera_lambda_b"],
+            fix="Save it again with save_projection=True.",
+        )
     meant = family_meant(roles.keys() - {"alpha"})
     if meant is None:
         why = "it lacks its factors"
@@ -273,23 +351,6 @@ def _check_lora_x_version(file: TensorFile) -> None:
         )
 
 
-def _not_an_update(key: str, config: dict[str, Any]) -> str | None:
-    """Why a tensor that PEFT saves beside its LoRA is not carried; None if it is unknown."""
-    if not config or not key.startswith(PEFT_PREFIX):
-        return None
-    module = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-    saved = [str(name) for name in config.get("modules_to_save") or []]
-    if any(f".{module}.".find(f".{name}.") >= 0 for name in saved):
-        return "a whole trained weight (modules_to_save), not an update"
-    if ".trainable_tokens_" in key:
-        return "trained token rows (trainable_token_indices), not an update"
-    if key.endswith(".bias") and config.get("bias", "none") != "none":
-        return "a trained bias; PEFT's bias setting is not carried yet"
-    if module.endswith((".base_layer", "embed_tokens", "lm_head", "wte", "word_embeddings")):
-        return "a copy of the base's own embedding, saved beside the adapter"
-    return None
-
-
 def _maybe_textual_inversion(keys: list[str], file: TensorFile) -> None:
     """A textual inversion may be one embedding under its own token's name."""
     widths = {file[key].shape[-1] for key in keys if len(file[key].shape) in (1, 2)}
@@ -298,7 +359,7 @@ def _maybe_textual_inversion(keys: list[str], file: TensorFile) -> None:
             "This looks like a textual inversion embedding, which is not read yet.",
             file=file.path,
             tensor=keys[0],
-            fix="This version carries ordinary LoRA (linear and convolution) and LoRA-X.",
+            fix="docs/formats.md lists the families that this version reads.",
         )
 
 

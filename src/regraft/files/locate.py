@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.errors import InputNotFound
-from regraft.files.tensorfile import PICKLE_ENDINGS, refuse_pickle
+from regraft.files.pickle_gate import unpickled
+from regraft.files.tensorfile import PICKLE_ENDINGS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*(@[A-Za-z0-9_./-]+)?")
 
@@ -38,7 +39,7 @@ def _local(ref: str) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, no such user
         return None
     if path.is_file() and path.suffix.lower() in PICKLE_ENDINGS:
-        refuse_pickle(path)
+        return unpickled(path)
     return path
 
 
@@ -59,7 +60,8 @@ def locate(ref: str | Path, *, to_run: bool = False) -> Located:
     HubUnavailable
         It reads as a hub id, but the hub did not give it.
     PickleRefused
-        It is a pickled checkpoint.
+        It is a pickled checkpoint. Inside :func:`regraft.files.allow_pickles` the path is that of
+        its safetensors copy.
     """
     text = str(ref)
     found = _local(text)

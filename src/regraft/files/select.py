@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from regraft.errors import InputNotFound
+from regraft.files.pickle_gate import pickles_allowed, unpickled
 from regraft.files.tensorfile import PICKLE_ENDINGS, refuse_pickle
 
 #: Folders of a diffusers pipeline whose weights adapters change.
@@ -15,12 +16,23 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 #: Folders whose weights a pipeline needs to run.
 RUNNING_COMPONENTS = (*COMPONENTS, "vae")
 
-_USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+_USUAL = (
+    "model",
+    "diffusion_pytorch_model",
+    "adapter_model",
+    "pytorch_lora_weights",
+    "pytorch_model",
+)
 _SHARD = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.[a-z0-9_]+)?\.(safetensors|gguf)"
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.[a-z0-9_]+)?"
+    r"\.(safetensors|gguf|bin|pt|pth)"
 )
 #: What weights end in; a folder's GGUF files are taken where it has no others.
 _ENDINGS = (".safetensors", ".gguf")
+#: Pickles that training leaves beside the weights.
+_training_state = re.compile(
+    r"(.*/)?((optimizer|scheduler|scaler|training_args|rng_state|openvino)\w*)\.(bin|pt|pth|pkl)"
+).fullmatch
 _VARIANT = re.compile(r"(?P<stem>.+)\.(?P<variant>[a-z][a-z0-9_]*)")  # model.fp16
 
 
@@ -44,9 +56,15 @@ def pick_weights(names: Iterable[str], components: Sequence[str] = COMPONENTS) -
 
 
 def _weights(names: Iterable[str]) -> list[str]:
-    """The weight files among ``names``: safetensors, or GGUF where there are none."""
+    """The weight files among ``names``: safetensors, or GGUF where there are none.
+
+    Pickles come last, and only where they are allowed.
+    """
     kept = [n for n in names if not n.rpartition("/")[2].startswith("mmproj")]
-    by_ending = ([n for n in kept if n.endswith(e)] for e in _ENDINGS)
+    endings: list[str | tuple[str, ...]] = [*_ENDINGS]
+    if pickles_allowed():
+        endings.append(PICKLE_ENDINGS)
+    by_ending = ([n for n in kept if n.endswith(e) and not _training_state(n)] for e in endings)
     return next(filter(None, by_ending), [])
 
 
@@ -104,7 +122,8 @@ def _check_shards(folder: Path, chosen: list[str]) -> None:
         if lost:
             wanted = chosen[0].replace(f"-{numbered[0]['number']}-", f"-{lost[0]:05d}-")
             raise _missing(folder, int(count) - len(have), wanted)
-    for index in sorted(folder.glob("*.safetensors.index*.json")):
+    kind = chosen[0].rpartition(".")[2] if chosen else "safetensors"
+    for index in sorted(folder.glob(f"*.{kind}.index*.json")):
         try:
             mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = {str(shard) for shard in mapping.values()}
@@ -150,11 +169,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise InputNotFound(error.what, file=folder, fix=error.fix) from None
     _check_shards(folder, chosen)
     if not chosen:
-        pickles = [n for n in names if n.endswith(PICKLE_ENDINGS) and n not in _NOT_WEIGHTS]
+        pickles = [n for n in names if n.endswith(PICKLE_ENDINGS) and not _training_state(n)]
         if pickles:
             refuse_pickle(folder / pickles[0])
-    return [folder / n for n in chosen]
-
-
-#: Pickles that training leaves beside the weights.
-_NOT_WEIGHTS = ("optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin")
+    paths = [folder / n for n in chosen]
+    return [unpickled(p) if p.name.endswith(PICKLE_ENDINGS) else p for p in paths]

@@ -67,8 +67,8 @@ def refuse_pickle(path: Path) -> None:
     raise PickleRefused(
         "This is a pickled checkpoint; opening one can run code hidden in it.",
         file=path,
-        fix="Convert it to .safetensors on a machine you can throw away, or ask its author "
-        "for a .safetensors file.",
+        fix="Ask its author for a .safetensors file. If you trust it, pass --allow-pickle "
+        "(its name must end in .pt, .pth, .bin, .pkl or .ckpt).",
     )
 
 
@@ -160,6 +160,8 @@ class TensorFile(Mapping[str, TensorInfo]):
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0][:200]
+            if raw.endswith(b"\0"):  # some writers do; the library refuses it as well
+                reason = "padded with NUL, where the format wants spaces"
             raise self._bad(f"its header is not clean JSON ({reason})") from error
         if not isinstance(header, dict):
             raise self._bad("its header is not a JSON object")

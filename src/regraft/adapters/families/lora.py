@@ -6,6 +6,11 @@ Papers: LoRA, arXiv 2106.09685; LoCon, LyCORIS, arXiv 2309.14859.
 * Convolution: A is a kernel (r, in, kh, kw), B is (out, r, 1, 1); ΔW = B.flat @ A.flat.
 * Tucker (``lora_mid``, the core M): ΔW[o,i,x,y] = s · Σ_jk B[o,j] M[j,k,x,y] A[k,i].
 * A bias on B (PEFT's ``lora_bias``): Δb = s · b_B.
+
+DyLoRA (arXiv 2210.07558; sd-scripts, LyCORIS) trains at changing ranks, and its files are plain
+LoRA: all directions, joined. Readers apply them at alpha / r. LyCORIS itself trains at
+alpha / (number of blocks) when all blocks are in play.
+PiSSA and its like are in mutated.py.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from regraft.adapters.families import qalora
 from regraft.adapters.families.registry import Built, Module, family
 from regraft.adapters.update import Dense, Layout, LowRank
 from regraft.errors import ShapeMismatch
@@ -47,6 +53,11 @@ def build(module: Module) -> Built:
     )
     rank = module.rank_of("embedding_a" if embedding else "down")
     module.rank_of("embedding_b" if embedding else "up")
+    if not embedding and qalora.is_pooled(module):
+        raise ShapeMismatch(
+            f"A of shape {tuple(a.shape)} reads fewer inputs than the weight {module.shape} has.",
+            fix="It is not made for this base, or a QA-LoRA: then name its pooling (qalora_pool).",
+        )
     if "mid" in tensors:
         a, b = tucker(a, tensors["mid"]), b.flatten(1)
     layout: Layout = "embedding" if embedding else turned(module, a, b)

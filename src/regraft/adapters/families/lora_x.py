@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from regraft.adapters.families.registry import Built, Module, family
 from regraft.adapters.update import Spectral
-from regraft.errors import ShapeMismatch
+from regraft.errors import MalformedFile, ShapeMismatch
 
 
 def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -29,7 +29,7 @@ def build(module: Module) -> Built:
     """The three tensors as they are; there is no alpha."""
     u, core, v = (module.tensors[role] for role in ("u", "core", "v"))
     if module.alpha is not None:
-        raise ShapeMismatch("alpha does not belong with U, S and V: U S Vᵀ is ΔW.")
+        raise MalformedFile("alpha does not belong with U, S and V: U S Vᵀ is ΔW.")
     if u.ndim != 2 or v.ndim != 2 or 0 in u.shape:
         raise ShapeMismatch(f"Bases {tuple(u.shape)} and {tuple(v.shape)} are not matrices.")
     if u.shape[1] != v.shape[1]:

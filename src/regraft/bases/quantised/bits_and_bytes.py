@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,13 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.bases.quantised.packed import Names, Packed, Parts, ending, malformed, missing, need
+from regraft.bases.quantised.packed import Names, Packed, Parts, ending, malformed, need
 from regraft.files import TensorFile
 
 _STATE = ".quant_state.bitsandbytes__"
 _DTYPES = ("float32", "float16", "bfloat16")
 #: The largest quant_state that is read; real ones have about 200 bytes.
 _LARGEST_STATE = 65_536
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """What a quant_state says; ``nested_blocksize`` is 0 without double quantisation."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    blocksize: int
+    nested_blocksize: int
+    nested_offset: float
 
 
 def find(tensors: Names) -> Iterator[Packed]:
@@ -46,7 +58,7 @@ def find(tensors: Names) -> Iterator[Packed]:
 
 
 def _state(tensors: Names, name: str, tensor: str, form: str) -> dict[str, Any]:
-    """The quant_state, checked: the library trusts it and would read past the end of its parts."""
+    """The quant_state, its shape, block size and dtype checked."""
     file = tensors[tensor]
     bad = partial(malformed, form, file, tensor)
     if file[tensor].dtype != torch.uint8 or prod(file[tensor].shape) > _LARGEST_STATE:
@@ -61,6 +73,8 @@ def _state(tensors: Names, name: str, tensor: str, form: str) -> dict[str, Any]:
     sizes = shape if isinstance(shape, list) else [None]
     if not all(type(n) is int and n > 0 for n in (*sizes, block)) or prod(sizes) > 1 << 48:
         raise bad("its quant_state has no usable shape or block size")
+    if state.get("quant_type") != tensor[-3:]:
+        raise bad("its quant_state is of another type than its name")
     if state.get("dtype") not in _DTYPES:
         raise bad(f"its quant_state has the dtype {str(state.get('dtype'))[:20]!r}")
     return state
@@ -77,8 +91,14 @@ def _four_bits(tensors: Names, name: str, state_name: str, kind: str) -> Packed:
     parts = {"codes": (tensors[name], name), "state": (tensors[state_name], state_name)}
     parts |= {w: (tensors[f"{name}.{w}"], f"{name}.{w}") for w in words}
     _check(form, parts, state)
-    shape = tuple(state["shape"])
-    return Packed(name, form, shape, parts, partial(_decode_four_bits, kind, form))
+    known = FourBits(
+        tuple(state["shape"]),
+        state["dtype"],
+        state["blocksize"],
+        state["nested_blocksize"] if "nested_absmax" in parts else 0,
+        float(state["nested_offset"]) if "nested_absmax" in parts else 0.0,
+    )
+    return Packed(name, form, known.shape, parts, partial(_decode_four_bits, known))
 
 
 def _check(form: str, parts: dict[str, tuple[TensorFile, str]], state: dict[str, Any]) -> None:
@@ -96,7 +116,8 @@ def _check(form: str, parts: dict[str, tuple[TensorFile, str]], state: dict[str,
         inner = state.get("nested_blocksize")
         right &= inner in (64, 128, 256, 512, 1024, 2048, 4096)
         right &= state.get("nested_dtype") == "float32"
-        right &= isinstance(state.get("nested_offset"), int | float)
+        offset = state.get("nested_offset")
+        right &= isinstance(offset, int | float) and abs(offset) < 1e30
         wanted |= {"nested_absmax": -(-blocks // inner) if right else 0, "nested_quant_map": 256}
     floats = [w for w in wanted if w != "absmax"]
     right &= all(info[w].dtype == torch.float32 for w in floats)
@@ -106,18 +127,29 @@ def _check(form: str, parts: dict[str, tuple[TensorFile, str]], state: dict[str,
         raise malformed(form, file, tensor, "its codes, scales and quant_state do not fit together")
 
 
-def _decode_four_bits(kind: str, form: str, parts: Parts) -> Tensor:
-    try:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-    except ImportError as error:
-        raise missing(form, "bitsandbytes") from error
-    mates = {w: t for w, t in parts.items() if w not in ("codes", "state")}
-    state = QuantState.from_dict(
-        {**mates, f"quant_state.bitsandbytes__{kind}": parts["state"]}, torch.device("cpu")
-    )
-    codes = parts["codes"].contiguous().view(torch.uint8).reshape(-1, 1)
-    whole: Tensor = dequantize_4bit(codes, state)
-    return whole
+def _decode_four_bits(state: FourBits, parts: Parts) -> Tensor:
+    # Written out: bitsandbytes 0.50.2 on a CPU takes the wrong absmax where blocks cross rows.
+    octets = parts["codes"].contiguous().view(torch.uint8).reshape(-1)
+    both, values = torch.arange(256), parts["quant_map"]
+    pairs = torch.stack([values[both >> 4], values[both & 15]], 1)  # what each byte stands for
+    absmax = parts["absmax"]
+    if "nested_absmax" in parts:
+        inner = parts["nested_quant_map"].index_select(0, absmax.reshape(-1).int())
+        absmax = _scaled(inner, parts["nested_absmax"], state.nested_blocksize)
+        absmax += state.nested_offset
+    whole = pairs.index_select(0, octets.int()).reshape(-1)[: prod(state.shape)]
+    whole = _scaled(whole, absmax, state.blocksize)
+    # It gives numbers in the dtype the weight had.
+    return whole.to(getattr(torch, state.dtype)).reshape(state.shape)
+
+
+def _scaled(values: Tensor, absmax: Tensor, size: int) -> Tensor:
+    """Values in blocks of ``size`` (the last may be shorter), each times its absmax; in place."""
+    full = len(values) // size * size
+    absmax = absmax.reshape(-1)
+    values[:full].view(-1, size).mul_(absmax[: full // size, None])
+    values[full:].mul_(absmax[full // size :])
+    return values
 
 
 def _eight_bits(tensors: Names, module: str, scb: str) -> Packed:
@@ -143,4 +175,4 @@ def _eight_bits(tensors: Names, module: str, scb: str) -> Packed:
 
 def _decode_eight_bits(parts: Parts) -> Tensor:
     # What int8_vectorwise_dequant does; written out, bitsandbytes need not be installed.
-    return parts["codes"].float() * (parts["scale"].float().reshape(-1, 1) * 7.874015718698502e-3)
+    return parts["codes"].float() * parts["scale"].float().reshape(-1, 1) * 7.874015718698502e-3

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regraft.bases.quantised.gguf_names import architecture, to_transformers
 from regraft.bases.quantised.packed import Names, Packed, Parts, malformed, missing, transposed
+from regraft.errors import NotABase
 from regraft.files.gguffile import GGUFFile
 
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -46,6 +47,7 @@ def find(tensors: Names) -> Iterator[Packed]:
 
 def _packed(file: GGUFFile, tensor: str, name: str, kind: str) -> Packed:
     form = f"GGUF {file.kinds[tensor]}"
+    _check_readable(file, tensor)
     shape = _own_shape(file, tensor, form)
     heads = _heads(file, tensor, name, kind, form)
     less = 1.0 if kind.startswith("gemma") and name.endswith("norm.weight") else 0.0
@@ -58,6 +60,23 @@ def _packed(file: GGUFFile, tensor: str, name: str, kind: str) -> Packed:
     if kind == "gpt2" and name.endswith(_CONV1D) and len(shape) == 2:
         return transposed(packed)
     return packed
+
+
+def _check_readable(file: GGUFFile, tensor: str) -> None:
+    """Whether the gguf package can decode a tensor's type; a few exist for computing only."""
+    if file[tensor].dtype != torch.uint8:
+        return
+    try:
+        from gguf import quants
+    except ImportError as error:
+        raise missing("GGUF", "gguf") from error
+    if not hasattr(quants, file.kinds[tensor]):
+        raise NotABase(
+            f"The gguf package cannot decode the type {file.kinds[tensor]}.",
+            file=file.path,
+            tensor=tensor,
+            fix="Upgrade gguf, or give the 16-bit checkpoint it was made from.",
+        )
 
 
 def _own_shape(file: GGUFFile, tensor: str, form: str) -> tuple[int, ...]:

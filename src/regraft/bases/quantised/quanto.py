@@ -22,7 +22,6 @@ from regraft.bases.quantised.packed import (
     Parts,
     ending,
     malformed,
-    missing,
     need,
     settings,
 )
@@ -83,20 +82,21 @@ def _low_bits(tensors: Names, name: str, codes: str) -> Packed:
     if not bits or not fits or scale.shape != (rows, *(1 for _ in info.shape[1:])):
         raise malformed(form, file, codes, "its codes, scale and shift do not fit together")
     form = f"quanto int{bits}"
-    shape, group = _shape(tensors, name, form, file, (rows, *info.shape[1:]))
+    stored = (rows, *info.shape[1:])
+    shape = _shape(tensors, name, form, file, stored)
     parts = {"codes": (file, codes)}
     parts |= {w: (tensors[f"{name}.{w}"], f"{name}.{w}") for w in ("_scale", "_shift")}
-    decode = partial(_decode_low_bits, form, bits, group, shape)
+    decode = partial(_decode_low_bits, bits, stored, shape)
     return Packed(name, form, shape, parts, decode, _scales_of_activations(tensors, name))
 
 
 def _shape(
     tensors: Names, name: str, form: str, file: TensorFile, stored: tuple[int, ...]
-) -> tuple[tuple[int, ...], int | None]:
-    """The weight's own shape, and its group size if it has groups."""
+) -> tuple[int, ...]:
+    """The weight's own shape, which is not the stored one if it has groups."""
     rows, columns, numbers = stored[0], stored[-1], prod(stored)
     if len(stored) > 2 or columns not in _GROUPS:
-        return stored, None
+        return stored
     module = name.rpartition(".")[0]
     bias = f"{module}.bias"
     config: dict[str, Any] = settings(file)
@@ -117,22 +117,20 @@ def _shape(
         )
     if rows % outputs:
         raise malformed(form, file, name, f"its groups do not divide into {outputs} rows")
-    return (outputs, numbers // outputs), None if rows == outputs else columns
+    return outputs, numbers // outputs
 
 
 def _decode_low_bits(
-    form: str, bits: int, group: int | None, shape: tuple[int, ...], parts: Parts
+    bits: int, stored: tuple[int, ...], shape: tuple[int, ...], parts: Parts
 ) -> Tensor:
-    try:
-        from optimum.quanto import WeightQBitsTensor, qint2, qint4
-    except ImportError as error:
-        raise missing(form, "optimum-quanto") from error
-    state = {"w._data._data": parts["codes"]}
-    state |= {f"w.{w}": parts[w] for w in ("_scale", "_shift")}
-    stride = tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
-    kind = qint4 if bits == 4 else qint2
-    packed = WeightQBitsTensor.load_from_state_dict(
-        state, "w.", kind, 0, group, torch.Size(shape), stride, []
-    )
-    whole: Tensor = packed.dequantize()
-    return whole
+    # Written out: the first time quanto unpacks, it compiles a C++ extension for a minute.
+    octets = parts["codes"]
+    # The first rows are in the lowest bits of each byte, the next ones above them.
+    planes = [octets >> place & (2**bits - 1) for place in range(0, 8, bits)]
+    codes = torch.cat(planes)[: stored[0]]
+    scale, shift = parts["_scale"], parts["_shift"]
+    if shift.dtype.is_floating_point:
+        whole = scale * codes.to(scale.dtype) - shift
+    else:
+        whole = (codes.to(scale.dtype) - shift) * scale
+    return whole.reshape(shape)

@@ -34,6 +34,12 @@ _FORMATS: tuple[Format, ...] = (
 #: Models whose Conv1D layers, stored (in, out), quantising libraries replace by linear ones.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
+#: Ends of names that only parts of a quantised weight have. One left over is a damaged weight:
+#: reading its neighbour as plain numbers would be wrong.
+_MATES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".qzeros")
+_MATES += (".g_idx", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
+_MATES += (".weight._data", ".weight._scale", ".weight._shift", "._weight_qdata")
+_MATES += (".scale_weight", ".weight_scale", ".weight_scale_inv", "__nf4", "__fp4")
 _LINEAR_ONLY = ("bitsandbytes", "GPTQ", "AWQ")
 
 
@@ -74,6 +80,8 @@ def recognise(tensors: Names) -> Recognised:
             mates |= claimed - {packed.tensor}
     for tensor, file in tensors.items():
         info = file[tensor]
+        if tensor.endswith(_MATES) and tensor not in mates and tensor not in weights:
+            raise malformed("quantised", file, tensor, "the checkpoint lacks its codes")
         matrix = tensor.endswith((".weight", ".qweight")) and len(info.shape) >= 2
         known = tensor in weights or tensor in mates or isinstance(file, GGUFFile)
         if matrix and not known and not info.dtype.is_floating_point:

@@ -37,7 +37,7 @@ def find(tensors: Names) -> Iterator[Packed]:
     for name, file in tensors.items():
         info = file[name]
         module, _, parameter = name.rpartition(".")
-        if info.dtype not in (*_FP8, torch.int8) or len(info.shape) < 2:
+        if info.dtype not in (*_FP8, torch.int8) or not info.shape:
             continue
         names = (f"{module}.scale_{parameter}", f"{name}_scale", f"{name}_scale_inv")
         scales = [n for n in names if n in tensors]

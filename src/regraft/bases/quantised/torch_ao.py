@@ -8,6 +8,8 @@ names are looked up in torchao's list of allowed ones.
 from __future__ import annotations
 
 import json
+import logging
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from regraft.bases.quantised.packed import Names, Packed, Parts, files, malforme
 from regraft.errors import NotABase
 from regraft.files import TensorFile
 
+_importing = threading.Lock()
 #: Class → what users call it. Those with one code for each number, in the weight's shape.
 _CLASSES = {
     "Int8Tensor": "torchao int8",
@@ -85,14 +88,24 @@ def _packed(
     return Packed(name, form, shape, parts, partial(_decode, form, json.dumps(about)))
 
 
+def _put_together(form: str) -> Any:
+    """torchao's own function, imported without its log lines about kernels this machine lacks."""
+    with _importing:
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
+        try:
+            from torchao.prototype.safetensors.safetensors_support import (
+                unflatten_tensor_state_dict,
+            )
+        except ImportError as error:
+            raise missing(form, "torchao") from error
+        finally:
+            logging.disable(before)
+    return unflatten_tensor_state_dict
+
+
 def _decode(form: str, about: str, parts: Parts) -> Tensor:
-    try:
-        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
-    except ImportError as error:
-        raise missing(form, "torchao") from error
     flat = {f"m._weight_{word}": part for word, part in parts.items()}
-    found, _ = unflatten_tensor_state_dict(
-        flat, {"m.weight": about, "tensor_names": '["m.weight"]'}
-    )
+    found, _ = _put_together(form)(flat, {"m.weight": about, "tensor_names": '["m.weight"]'})
     whole: Tensor = found["m.weight"].dequantize()
     return whole

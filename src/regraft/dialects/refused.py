@@ -1,0 +1,110 @@
+"""What is not read, recognised by its keys or its config, so that the refusal can name it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from regraft.adapters.families import Family, families
+from regraft.dialects.keys import PEFT_PREFIX, whole_parameter
+from regraft.errors import FamilyNotYet
+
+#: Key pattern → family. The first match names the family.
+_MARKS: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)(prompt_embeddings|prompt_encoder\..*)$", "prompt or prefix tuning"),
+    (r"^(emb_params|string_to_param.*|clip_[lg]|t5xxl|<[^<>]+>)$", "textual inversion"),
+    (r"\.(lora_xs_\w+|randlora_\w+|vblora_\w+|unilora_\w+|tinylora_\w+)(\.|$)", "shared-matrix"),
+    (r"\.(adapter_down|adapter_up|down_sampler|up_sampler)\.", "bottleneck adapter"),
+    (r"\.oft_R\.scaled_oft$", "Scaled OFT (OneTrainer)"),
+    (r"\.lora_route\.|\.moe_gate\.|\.lora_diag(\.|$)", "routed or KaSA LoRA"),
+)
+_COMPILED = [(re.compile(pattern), family) for pattern, family in _MARKS]
+
+#: PEFT types that are families of another name.
+_ALIKE = ("LORA_X", "SVDIFF", "FOURA", "LN_TUNING")
+
+#: Starts of a LoRA that take the base's own weight apart: the base that the file was saved for is
+#: not the one it was trained on.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_LATER = "docs/formats.md lists the families that this version reads."
+
+
+def refuse_other_family(keys: Iterable[str], path: Path) -> None:
+    """Raise :class:`FamilyNotYet` if any key belongs to a family that is not read."""
+    for key in keys:
+        for pattern, family in _COMPILED:
+            if pattern.search(key):
+                raise FamilyNotYet(
+                    f"This is a {family} adapter, which is not read yet.",
+                    file=path,
+                    tensor=key,
+                    fix=_LATER,
+                )
+
+
+def refuse_other_config(config: dict[str, Any], path: Path) -> None:
+    """Raise :class:`FamilyNotYet` if a PEFT config asks for something that is not read."""
+    kind = str(config.get("peft_type", "LORA")).upper()
+    reasons = {
+        "layer_replication": "LoRA with layer replication",
+        "alora_invocation_tokens": "activated LoRA",
+        "use_bdlora": "block-diagonal LoRA",
+        "kasa_config": "KaSA",
+        "monteclora_config": "MonteCLoRA",
+        "arrow_config": "Arrow-routed LoRA",
+        "target_parameters": "LoRA on bare parameters (mixture-of-experts)",
+        "megatron_config": "Megatron LoRA",
+    }
+    read = {f.name.upper() for f in families()} | set(_ALIKE)
+    family = "" if kind in read else kind
+    family = family or next((f for k, f in reasons.items() if config.get(k)), "")
+    if family:
+        raise FamilyNotYet(
+            f"This is a {family} adapter, which is not read yet.", file=path, fix=_LATER
+        )
+
+
+def refuse_unchosen(family: Family, config: dict[str, Any], path: Path) -> None:
+    """Raise :class:`FamilyNotYet` if the settings ask for a family that the tensors alone hide.
+
+    PiSSA, OLoRA and others look like LoRA but sit on a base they have changed; QA-LoRA's A is
+    narrower than the weight.
+    """
+    start = str(config.get("init_lora_weights", "")).lower()
+    asked = next((s for s in _CHANGE_THE_BASE if start.startswith(s)), "")
+    asked = "QA-LoRA" if config.get("use_qalora") else asked
+    if asked and family.chosen is None and family.name == "lora":
+        raise FamilyNotYet(
+            f"This is a {asked} adapter, which is not read yet.", file=path, fix=_LATER
+        )
+
+
+def beside(key: str, config: dict[str, Any]) -> tuple[str, str] | str | None:
+    """What a tensor that fits no suffix is: PEFT and others save more than factors.
+
+    Returns
+    -------
+    (module, role), or why it is not carried, or None if it is unknown
+    """
+    if key.startswith("bundle_emb."):
+        return "a textual inversion embedding bundled with the adapter"
+    if key.endswith(".reshape_weight"):
+        return "the new shape of a weight that the adapter widens; the base has it as it is"
+    if not config or not key.startswith(PEFT_PREFIX):
+        return None
+    module, parameter = whole_parameter(key)
+    plain = module.removeprefix(PEFT_PREFIX)
+    saved = [str(name) for name in config.get("modules_to_save") or []]
+    if any(f".{plain}.".find(f".{name}.") >= 0 for name in saved):
+        roles = {"weight": "whole", "bias": "whole_bias"}
+        return (
+            (module, roles[parameter]) if parameter in roles else (f"{module}.{parameter}", "whole")
+        )
+    if parameter == "bias" and config.get("bias", "none") != "none":
+        return module, "whole_bias"
+    if plain.endswith(("embed_tokens", "lm_head", "wte", "word_embeddings")):
+        return "a copy of the base's own embedding, saved beside the adapter"
+    return None
