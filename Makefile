@@ -13,7 +13,7 @@ help:
 	@echo "make bench     speed and memory on an SDXL-shaped pair (needs 20 GB of disk)"
 	@echo "make retention how much of an adapter survives every kind of upgrade (under an hour)"
 	@echo "make lab       retrain the lab's bases and adapters (a few hours; resumes)"
-	@echo "make docs      regenerate the CLI reference"
+	@echo "make docs      regenerate the CLI reference and the tables of families and formats"
 	@echo "make lab-pair  retrain the embedded pair (about an hour on two cores)"
 
 setup: $(READY)
@@ -52,7 +52,7 @@ retention-quick: setup
 	$(BIN)/python -m benchmarks.retention --quick --out benchmarks/.work/quick --docs benchmarks/.work/quick
 
 docs: setup
-	$(BIN)/cog -r docs/cli.md
+	$(BIN)/cog -r docs/cli.md docs/families.md docs/formats.md
 
 lab: setup
 	$(BIN)/python -m lab.build

@@ -97,58 +97,10 @@ def regraft_way(adapter: str, output: str, rank: int, base: str | None = None) -
     import regraft
 
     started = time.perf_counter()
-    by = "regraft.convert" if hasattr(regraft, "convert") else "regraft.adapters.cut"
-    if hasattr(regraft, "convert"):
-        regraft.convert(
-            adapter,
-            output=output,
-            base=base,
-            dialect="kohya",
-            rank=rank,
-            dtype="fp32",
-            overwrite=True,
-        )
-    else:
-        _until_convert(adapter, output, rank, base)
-    return {"seconds": time.perf_counter() - started, "by": by}
-
-
-def _until_convert(adapter: str, output: str, rank: int, base: str | None) -> None:
-    """The same cut, update by update, with plain reading and writing. Goes with ``convert``."""
-    from pathlib import Path
-
-    from benchmarks.resize_inputs import kohya_modules, read_all
-    from regraft.adapters.cut import cut
-    from regraft.adapters.ranks import RankRule
-    from regraft.adapters.update import Dense, Kronecker, LowRank, Update
-    from regraft.bases import open_base
-    from regraft.parallel import in_order
-
-    modules = {}
-    if base:
-        weights = open_base(Path(base)).weights
-        shapes = {f"{site.module}.weight": w.shape for site, w in weights.items()}
-        modules = {k: module for k, (module, _) in kohya_modules(shapes).items()}
-
-    def one(item: tuple[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        name, t = item[0], {k: v.float() for k, v in item[1].items()}
-        if "dora_scale" in t:
-            weight = read_weight(str(base), modules[name])
-            update: Update = Dense(lambda: delta(t, weight), tuple(weight.shape))
-        elif "lokr_w1" in t:
-            right = t["lokr_w2_a"] @ t["lokr_w2_b"]
-            (a, b), (c, d) = t["lokr_w1"].shape, right.shape
-            update = Kronecker(t["lokr_w1"], right, 1.0, (a * c, b * d))
-        else:
-            left, right = factors(t)
-            update = LowRank(left, right, 1.0, (left.shape[0], right.shape[1]))
-        found = cut(update, RankRule("rank", rank)).low_rank()
-        return written(name, found.up * found.scale, found.down)
-
-    made: dict[str, Tensor] = {}
-    for part in in_order(one, read_all(adapter).items()):
-        made |= part
-    save_file(made, output)
+    regraft.convert(
+        adapter, output=output, base=base, dialect="kohya", rank=rank, dtype="fp32", overwrite=True
+    )
+    return {"seconds": time.perf_counter() - started}
 
 
 def each(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from regraft.adapters import matrix_shape
 from regraft.bases import Base, architecture, open_base
+from regraft.bases.quantised.cost import notes as quantised_notes
 from regraft.crossing import Progress, silent
 from regraft.errors import BadOption, NotABase
 from regraft.methods import MethodOptions, methods
@@ -62,6 +63,7 @@ class Comparison:
     decompositions: int = 0
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -151,6 +153,7 @@ def compare(
         decompositions=library.decompositions - before,
         seconds=time.perf_counter() - started,
         versions=versions(),
+        notes=quantised_notes(a, b),
     )
 
 

@@ -137,3 +137,7 @@ class CannotRun(RegraftError):
 
 class BadData(RegraftError):
     """The data to measure on cannot be used: empty, unreadable, or not for this kind of base."""
+
+
+class WrongBase(RegraftError):
+    """An adapter's file means something only on the weights it was trained on, not on these."""

@@ -13,6 +13,7 @@ import torch
 
 from regraft.adapters import Adapter
 from regraft.bases import Base, open_base
+from regraft.bases.quantised.cost import notes as quantised_notes
 from regraft.crossing import Crossing, Progress, energies_of, silent
 from regraft.dialects import DIALECTS, load_adapter, write_adapter
 from regraft.dialects.write import holdable
@@ -34,7 +35,7 @@ _DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
 
 @single_threaded()
 def transfer(
-    adapter: str | Path,
+    adapter: str | Path | Located,
     *,
     source: str | Path | Base,
     target: str | Path | Base,
@@ -64,8 +65,8 @@ def transfer(
 
     Parameters
     ----------
-    adapter : str or Path
-        Hub id, PEFT folder, or single ``.safetensors`` file.
+    adapter : str, Path or Located
+        Hub id, PEFT folder, or single ``.safetensors`` file; or where one was found.
     source, target : str, Path or Base
         The base it was trained on, and the base it shall work on.
     output : str or Path, optional
@@ -138,14 +139,14 @@ def transfer(
     target_base = target if isinstance(target, Base) else open_base(target)
     library = library or SubspaceLibrary(device=device)
     before = library.decompositions
-    located = locate(adapter)
+    located = adapter if isinstance(adapter, Located) else locate(adapter)
     loaded = load_adapter(located.path, source_base, allow_unknown=allow_unknown)
     loaded.name = name or adapter_name(located, loaded.name)
     energies = energies_of(loaded)
     total = sum(energies.values())
     if total == 0:
         raise NothingCarried(
-            "The adapter changes nothing: every update it holds is zero.", file=str(adapter)
+            "The adapter changes nothing: every update it holds is zero.", file=located.ref
         )
     paired = pair_sites(source_base, target_base, loaded.updates, how=pairing)
     crossing = Crossing(loaded, source_base, target_base, library, paired, energies, progress)
@@ -332,7 +333,7 @@ def _empty_result(
         pairing=paired.how,
         predicted={"copy": predicted},
         sites_refused=refused,
-        notes=list(loaded.notes),
+        notes=[*loaded.notes, *quantised_notes(source, target)],
         versions=versions(),
     )
 
@@ -342,6 +343,7 @@ def _base_facts(base: Base, sites: Any, library: SubspaceLibrary) -> dict[str, A
         "ref": base.ref,
         "name": base.name,
         "revision": base.revision,
+        "quantised": base.quantised,
         "sha256_of_used_weights": library.base_hash(base, sites),
     }
 

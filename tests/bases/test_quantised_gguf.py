@@ -15,6 +15,7 @@ from regraft.bases import open_base
 from regraft.bases.quantised.gguf_names import _LAYOUTS, to_transformers
 from regraft.errors import InputNotFound, MalformedFile, NotABase, RegraftError
 from regraft.files.gguffile import GGUFFile
+from regraft.subspaces import Cache, SubspaceLibrary
 
 gguf = pytest.importorskip("gguf")
 Type = gguf.GGMLQuantizationType
@@ -90,6 +91,26 @@ def test_a_reshaped_convolution_has_its_own_shape(tmp_path):
     assert base.at(Site("", "proj")).dtype == torch.float16
     assert base.at(Site("", "proj")).quantised is None
     assert Site("", "norm") in base.others
+
+
+def test_rows_of_a_fused_weight(tmp_path):
+    """OpenCLIP's query, key and value are one stored tensor; adapters change them apart."""
+    prefix = "cond_stage_model.model."
+    values = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)
+    block = f"{prefix}transformer.resblocks.0.attn."
+    tensors = {
+        f"{block}in_proj_weight": (values, Type.Q8_0),
+        f"{block}out_proj.weight": (values[:32], Type.Q8_0),
+    }
+    base = open_base(write(tmp_path / "sd2.gguf", tensors, "sd2"))
+    inside = "text_model.encoder.layers.0.self_attn"
+    for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
+        site = Site("text_encoder", f"{inside}.{part}")
+        own = torch.from_numpy(values[32 * i : 32 * (i + 1)])
+        assert base.at(site).shape == (32, 32)
+        torch.testing.assert_close(base.read(site), own, atol=0.02, rtol=0)
+    library = SubspaceLibrary(Cache(tmp_path / "cache"), device="cpu")
+    assert len({library.content_hash(base, site) for site in base.weights}) == 4
 
 
 LLAMA = {

@@ -37,7 +37,7 @@ def run(inputs: tuple[Path, dict], family: str, ways: dict) -> dict:
     names = {name: module for name, (module, _) in plan[family].items()}
     base = str(folder / "base") if family == "dora" else None
     adapter, rank = str(folder / f"{family}.safetensors"), RANKS[family]
-    outputs = {label: str(folder / f"{family}-{label}.out") for label in ways}
+    outputs = {label: str(folder / f"{family}-{label}.safetensors") for label in ways}
     for label, way in ways.items():
         more = {} if way is resizing.regraft_way else {"names": names}
         found = way(adapter, outputs[label], rank, base=base, **more)
@@ -50,7 +50,7 @@ def run(inputs: tuple[Path, dict], family: str, ways: dict) -> dict:
 def test_ours_is_the_exact_cut(inputs: tuple[Path, dict], family: str) -> None:
     found = run(inputs, family, {"ours": resizing.regraft_way})
     # where ΔW has full rank, singular values lie close and the cut itself is less sharp
-    assert found["ours"]["error"] <= (1e-5 if family == "dora" else 3e-6)
+    assert found["ours"]["error"] <= (1e-5 if family == "dora" else 1e-6)
     assert found["ours"]["lost"] == pytest.approx(found["the exact cut"]["lost"], rel=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_errors_are_those_of_the_full_matrices(inputs: tuple[Path, dict], family
     u, s, vh = torch.linalg.svd(exact)
     up, down = u[:, :5] * s[:5], vh[:5]
     down[0] *= 1.1
-    out = folder / f"{family}-by-hand.out"
+    out = folder / f"{family}-by-hand.safetensors"
     resizing.save_file(resizing.written(name, up, down), out)
     base = str(folder / "base") if family == "dora" else None
     found = resizing.errors(str(path), {"x": str(out)}, {name: module}, 5, base)

@@ -347,3 +347,12 @@ def test_an_existing_output_is_kept(tmp_path):
     with pytest.raises(errors.OutputExists):
         regraft.convert(path, output=path, rank=2)
     assert TEXT + ".alpha" in load_file(path)
+
+
+def test_normalisations_and_biases_alone_are_kept(tmp_path):
+    norm = "lora_te_text_model_encoder_layers_0_layer_norm1"
+    t = {f"{norm}.w_norm": rand(6), f"{norm}.b_norm": rand(6), f"{Q}.diff_b": rand(8)}
+    path = save(tmp_path / "a.safetensors", t | lora(CONV, 8, 8, 2, 1.0))
+    regraft.convert(path, output=tmp_path / "o.safetensors", rank=1)
+    found = load_file(tmp_path / "o.safetensors")
+    assert all(torch.equal(found[key], t[key]) for key in t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -169,6 +170,7 @@ def test_a_peft_folder_with_a_pickle(tmp_path):
     folder.mkdir()
     named = {f"base_model.model.{k}": v for k, v in lora().items()}
     torch.save(named, folder / "adapter_model.bin")
+    sha256 = hashlib.sha256((folder / "adapter_model.bin").read_bytes()).hexdigest()
     torch.save({"x": 1}, folder / "optimizer.bin")
     (folder / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8})
@@ -181,6 +183,7 @@ def test_a_peft_folder_with_a_pickle(tmp_path):
             adapter = load_adapter(ref, base)
             assert adapter.name == "my-lora"
             assert {u.scale for u in adapter.updates.values()} == {4.0}
+            assert adapter.sha256 == sha256
         facts = inspect_file(folder)
         assert facts["file"] == str(folder / "adapter_model.bin")
         assert facts["alpha_from"] == "adapter_config.json"
@@ -244,6 +247,6 @@ def test_old_versions_of_torch_are_not_trusted(monkeypatch):
 
 def test_the_file_the_user_gave_is_named(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "a.pt")
-    with pytest.raises(Exception, match="Nothing|None of") as caught, allow_pickles():
+    with pytest.raises(Exception, match=r"Nothing|None of") as caught, allow_pickles():
         inspect_file(tmp_path / "a.pt")
     assert caught.value.file == str(tmp_path / "a.pt")

@@ -11,9 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-from regraft import transfer
+from regraft import convert, transfer
+from regraft.adapters import Site
 from regraft.bases import Base
-from regraft.dialects import inspect_file, load_adapter
+from regraft.convert.run import Form
+from regraft.dialects import DIALECTS, inspect_file, load_adapter
 from regraft.dialects.lookup import resolve
 from regraft.dialects.source import open_source
 from regraft.errors import RegraftError
@@ -69,7 +71,7 @@ def loaded(path: Path, base: Base, *, allow_unknown: bool) -> None:
     if adapter is None:
         return
     source = open_source(path, allow_unknown=allow_unknown)
-    parts = resolve(source.modules, base, str(path)).parts
+    parts = resolve(source.modules, base, str(path), optional=set(source.modules)).parts
     carried = {site.with_parameter("weight") for site in adapter.updates}
     for name, roles in source.modules.items():
         sites = {part.site.with_parameter("weight") for part in parts.get(name, ())}
@@ -85,30 +87,39 @@ def loaded(path: Path, base: Base, *, allow_unknown: bool) -> None:
 
 def carried(
     path: Path, source: Base, target: Base, out: Path, library: SubspaceLibrary, rng: Random
-) -> bool:
+) -> None:
     """A written file holds every site of the input, or its provenance says why not."""
-    dialect = rng.choice(["kohya", "diffusers", "lora-x", "peft"])
+    dialect = rng.choice(sorted(DIALECTS))
     output = out / ("x" if dialect == "peft" else "x.safetensors")
-    result = attempt(
-        lambda: transfer(
-            path,
-            source=source,
-            target=target,
-            output=output,
-            method="copy",
-            dialect=dialect,
-            allow_unknown=True,
-            overwrite=True,
-            library=library,
-        )
-    )
-    if result is None:
-        return False
-    adapter = load_adapter(path, source, allow_unknown=True)
+
+    def moved() -> None:
+        transfer(path, source=source, target=target, method="copy", **options)
+
+    def converted() -> None:
+        form: Form = rng.choice(["lora", "diff"]) if dialect != "lora-x" else "lora"
+        rank = rng.choice([None, 1, "exact", "sv_fro=0.9"]) if form == "lora" else None
+        convert(path, base=rng.choice([source, None]), form=form, rank=rank, **options)
+
+    options = {
+        "output": output,
+        "dialect": dialect,
+        "allow_unknown": True,
+        "overwrite": True,
+        "library": library,
+    }
+    run, base = rng.choice([(moved, target), (converted, source)])
+    attempt(run)
+    if not output.exists():
+        return
+    adapter = attempt(lambda: load_adapter(path, source, allow_unknown=True))
+    if adapter is None:  # what was converted without a base may not fit this one
+        return
     written = output / "adapter_model.safetensors" if dialect == "peft" else output
     said = json.loads(TensorFile(written).metadata["regraft"])["sites_refused"]
     assert set(adapter.refused) <= set(said)
-    again = load_adapter(output, target)
+    again = load_adapter(output, base)
     for site in adapter.updates:
-        assert site in again.updates or str(site) in said, site
-    return True
+        # Without a base a name keeps what is in front of it in the file.
+        bare = str(Site("", site.module, site.parameter))
+        named = any(key.endswith(bare) for key in said)
+        assert site in again.updates or named, site

@@ -38,6 +38,8 @@ def loaders(result: TransferResult) -> set[str]:
         ("kohya", [UNET], {"diffusers", "ComfyUI", "A1111, Forge"}),
         ("kohya", [UNET, TEXT], {"diffusers", "ComfyUI", "A1111, Forge"}),
         ("kohya", [FLUX], set()),
+        ("comfyui", [FLUX], {"ComfyUI"}),
+        ("comfyui", [UNET], {"ComfyUI"}),
         ("peft", [UNET], {"diffusers and PEFT"}),
         ("peft", [TEXT], {"diffusers and PEFT"}),
         ("peft", [FLUX], {"diffusers and PEFT"}),

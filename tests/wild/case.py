@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +19,33 @@ LAYERS = (
     "norm",
     "bias",
 )
+
+
+#: Dialect of the catalogue → how its files name a module.
+DIALECTS = {
+    "kohya": "`lora_unet_`, `lora_te_`, `lora_te1_` … and the name with `_` for every dot: "
+    "diffusers' for SD 1.x and 2.x, the original checkpoint's for SDXL and the transformers",
+    "lycoris": "`lycoris_` and the name with `_` for every dot",
+    "musubi other": "`diffusion_model.` and a dotted name guessed back (`--target other`)",
+    "onetrainer legacy": "`lora_unet_` or `lora_transformer_`, diffusers' names with `_`",
+    "onetrainer kohya": "as kohya, fused layers too",
+    "onetrainer diffusers": "`unet.` or `transformer.`, `lora_A` and `lora_B`, alpha folded in",
+    "onetrainer original": "the original names, dotted, no prefix, alpha kept",
+    "onetrainer comfy": "`diffusion_model.`, `text_encoders.`, the original names, alpha kept",
+    "ai-toolkit": "`transformer.` or `diffusion_model.`, diffusers' names; for Wan the original",
+    "diffusers": "`unet.`, `transformer.`, `text_encoder.` …, dotted; `lora_adapter_metadata`",
+    "diffusers old": "`….processor.to_q_lora.down`, `….lora_linear_layer.down`, `….lora.down`",
+    "peft": "a folder with its config; `base_model.model.` and dotted",
+    "peft file": "`adapter_model.safetensors` without its config, or a state dict with `.default`",
+    "comfyui": "`diffusion_model.`, `text_encoders.clip_l.transformer.` …, the original names",
+    "bfl": "the original names, dotted, no prefix",
+    "fal": "`base_model.model.` and the original names",
+    "xlabs": "`double_blocks.0.processor.qkv_lora1.down` …",
+    "omi": "`transformer.`, `unet.`, `clip_l.`, `t5.`, the original names, fused parts numbered",
+    "svdiff-pytorch": "diffusers' names, dotted",
+    "regraft": "the component and diffusers' name",
+    "adapters": "the names of the adapters library",
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +72,10 @@ class Case:
     make: Callable[[Path], Made]
     outcome: str = "exact"
     what: str = ""
-    written: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.layer in LAYERS, self.layer
+        assert self.dialect in DIALECTS, self.dialect
 
     @property
     def name(self) -> str:

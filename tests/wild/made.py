@@ -137,7 +137,7 @@ def peft(
         if form == "named":
             path = folder / "adapter.safetensors"
             save_file(state, path)
-        return Made(path, whole.path / component, wanted)
+        return Made(path, whole.path, wanted)
 
     return make
 

@@ -96,27 +96,40 @@ def lycoris(kind: str, **options: Any) -> Maker:
             made = cls("m", plain, 1.0)
         else:
             made = cls("m", plain, 1.0, **{"lora_dim": 3, "alpha": 2.0, **options})
+        if kind == "FullModule":
+            made.apply_to()  # from now on it holds the weight itself
         for name, parameter in made.named_parameters():
             if "dora" in name:
                 parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
+            elif kind in ("FullModule", "TLoraModule"):
+                parameter.data += random(*parameter.shape, size=0.05)
             elif not name.startswith("org_module"):
                 parameter.data = random(*parameter.shape)
         made.eval()
         state = made.custom_state_dict() if hasattr(made, "custom_state_dict") else None
         state = state if state is not None else made.state_dict()
         tensors = {f".{k}": v.detach().clone() for k, v in state.items()}
-        if kind in ("NormModule", "FullModule"):
+        if kind == "NormModule":
             before = {n: p.detach().clone() for n, p in plain.named_parameters()}
             made.merge_to(1.0)
             change = {n: p.detach() - before[n] for n, p in plain.named_parameters()}
             return Piece(tensors, {n: c for n, c in change.items() if c.any()})
-        plain.double()
-        made.double()
-        made.apply_to()
+        if kind != "FullModule":
+            made.apply_to()
+        run = plain.forward
+        if kind in _SINGLE:
+            run = lambda x: plain.forward(x.float()).double()  # noqa: E731
+        else:
+            plain.double()
+            made.double()
         with torch.no_grad():
-            return Piece(tensors, change_of(layer, plain.forward))
+            return Piece(tensors, change_of(layer, run))
 
     return make
+
+
+#: Modules whose code mixes in fp32 numbers of its own.
+_SINGLE = ("DiagOFTModule", "ButterflyOFTModule", "FullModule")
 
 
 def _module_class(kind: str) -> Any:
@@ -174,7 +187,7 @@ def dora(ends: tuple[str, str, str | None], key: str, *, out: bool, flat: bool =
         plain = lora(ends)(layer)
         direction = layer.weight.double() + plain.change["weight"]
         axes = [i for i in range(direction.ndim) if i != (0 if out else 1)]
-        norm = direction.norm(dim=axes, keepdim=True)
+        norm = torch.linalg.vector_norm(direction, dim=axes, keepdim=True)
         g = (norm * (0.7 + 0.6 * torch.rand_like(norm))).float()
         change = direction / norm * g.double() - layer.weight.double()
         return Piece({**plain.tensors, key: g.flatten() if flat else g}, {"weight": change})
@@ -231,7 +244,9 @@ def kron(*, alpha: bool = True, whole: bool = False) -> Maker:
 
 def svdiff(layer: Layer) -> Piece:
     """A shift of each singular value, cut at zero."""
-    flat = layer.weight.double().flatten(1) if layer.weight.ndim > 1 else layer.weight.double()[None]
+    flat = (
+        layer.weight.double().flatten(1) if layer.weight.ndim > 1 else layer.weight.double()[None]
+    )
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)
     shift = random(len(s), size=0.4)
     change = u @ torch.diag((s + shift).clamp_min(0) - s) @ vh

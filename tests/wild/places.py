@@ -65,7 +65,11 @@ NATIVE: tuple[tuple[str, str, Place], ...] = (
     ("Flux linear1", "fused", at("flux", "single_blocks.1.linear1", *LINEAR1)),
     ("Flux linear2", "linear", at("flux", "single_blocks.1.linear2", f"{SINGLE}.proj_out")),
     ("Flux mlp", "linear", at("flux", "double_blocks.1.img_mlp.0", f"{DOUBLE}.ff.net.0.proj")),
-    ("Flux modulation", "linear", at("flux", "double_blocks.1.img_mod.lin", f"{DOUBLE}.norm1.linear")),
+    (
+        "Flux modulation",
+        "linear",
+        at("flux", "double_blocks.1.img_mod.lin", f"{DOUBLE}.norm1.linear"),
+    ),
     ("Chroma qkv", "fused", at("chroma", "double_blocks.1.img_attn.qkv", *IMAGE_QKV)),
     ("Chroma linear2", "linear", at("chroma", "single_blocks.1.linear2", f"{SINGLE}.proj_out")),
     ("Flux.2 qkv", "fused", at("flux-2", "double_blocks.1.img_attn.qkv", *IMAGE_QKV)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lab.native_models import ARCHITECTURES
@@ -42,18 +43,53 @@ def _room() -> Path:
 
 
 def t5(seed: int = 0) -> nn.Module:
-    import torch
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     config = T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=30,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        vocab_size=30,
         feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+    )
     return T5EncoderModel(config).eval()
 
 
+def mixture(kind: str, seed: int = 0) -> nn.Module:
+    """A language model whose experts are stacked in memory and stored one by one."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 40,
+        "max_position_embeddings": 16,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+    count = {"num_local_experts": 3} if kind == "Mixtral" else {"num_experts": 3, "head_dim": 8}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **count)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def _filled(model: nn.Module) -> nn.Module:
+    """No parameter is all zero, so that what multiplies one can be told from nothing."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data = torch.randn_like(parameter) * 0.1
+    return model
+
+
 def _language(model: nn.Module, name: str) -> World:
+    _filled(model)
     return World(save(model, _room() / name), {"": model})
 
 
@@ -63,6 +99,8 @@ def world(name: str) -> World:
     folder = _room() / name
     if name in ("llama", "gpt2"):
         return _language({"llama": llama, "gpt2": gpt2}[name](), name)
+    if name in ("Mixtral", "Qwen3Moe"):
+        return _language(mixture(name), name)
     if name == "llama-tied":
         model = llama()
         model.config.tie_word_embeddings = True
@@ -82,6 +120,6 @@ def world(name: str) -> World:
         if name == "flux":
             models["text_encoder_2"] = t5()
     for component, model in models.items():
-        save(model, folder / component)
+        save(_filled(model), folder / component)
     (folder / "model_index.json").write_text("{}")
     return World(folder, models)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regraft.adapters.algebra import Factors, energy, svd_of_product
 from regraft.adapters.decompose import decompose, svd
-from regraft.errors import ShapeMismatch
+from regraft.errors import NonFiniteTensor, ShapeMismatch
 
 #: How a file stores the two factors of this site. ``transposed`` is GPT-2's Conv1D and
 #: ``embedding`` an embedding table: the base stores (in, out), so ΔW = (B A)ᵀ.
@@ -272,6 +272,8 @@ class Kronecker(Update):
         u1, s1, v1 = svd(self.left.float())
         u2, s2, v2 = svd(self.right.float())
         s, order = (abs(self.scale) * torch.outer(s1, s2)).flatten().sort(descending=True)
+        if not torch.isfinite(s[0]):
+            raise NonFiniteTensor("The change is beyond what fp32 can hold.")
         count = int((s > s[0] * 1e-7).sum()) if s[0] > 0 else 1
         s, order = s[:count], order[:count]
         sign = -1.0 if self.scale < 0 else 1.0

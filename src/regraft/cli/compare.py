@@ -16,6 +16,7 @@ from regraft.cli.screen import (
     pickles,
     print_json,
     progress,
+    stderr,
     stdout,
 )
 from regraft.compare import Comparison, SiteComparison, compare
@@ -100,3 +101,5 @@ def _show(found: Comparison, every: bool) -> None:
     console.print(f"predicted retention R (1: as good as retraining, 0: no adapter): {guesses}")
     if found.unpaired:
         console.print(f"{len(found.unpaired)} source site(s) have no partner (--json lists them)")
+    for note in found.notes:
+        stderr().print(f"note: {clean(note)}", soft_wrap=True)

@@ -27,7 +27,7 @@ _CONTROL = re.compile(
 )
 _BREAKS = re.compile(r"[\t\n\r\u2028\u2029]+")
 
-#: The option that every command which opens files has.
+#: The option of commands that open files.
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt files too, in a fenced process."),

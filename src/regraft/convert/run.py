@@ -24,7 +24,7 @@ from regraft.dialects.lookup import resolve
 from regraft.dialects.source import AdapterSource, open_source
 from regraft.dialects.write import holdable
 from regraft.dialects.writers import Form
-from regraft.errors import BadOption, NothingCarried
+from regraft.errors import BadOption, MalformedFile, NothingCarried
 from regraft.files import Located, locate
 from regraft.files.atomic import check_free
 from regraft.parallel import in_order, single_threaded
@@ -40,7 +40,7 @@ _ALL = 1 - 1e-6
 
 @single_threaded()
 def convert(
-    adapter: str | Path,
+    adapter: str | Path | Located,
     *,
     output: str | Path | None = None,
     base: str | Path | Base | None = None,
@@ -59,8 +59,8 @@ def convert(
 
     Parameters
     ----------
-    adapter : str or Path
-        Hub id, PEFT folder, or single ``.safetensors`` file.
+    adapter : str, Path or Located
+        Hub id, PEFT folder, or single ``.safetensors`` file; or where one was found.
     output : str or Path, optional
         File, or folder for the "peft" dialect. Without it nothing is written.
     base : str, Path or Base, optional
@@ -104,7 +104,7 @@ def convert(
     check_output(dialect, dtype, None if dry_run else output)
     if output is not None and not dry_run:
         check_free(Path(output), overwrite=overwrite)
-    located = locate(adapter)
+    located = adapter if isinstance(adapter, Located) else locate(adapter)
     source = open_source(located.path, allow_unknown=allow_unknown)
     dialect = dialect or default_dialect(source.dialect, output)
     watched = stand_in(source) if base is None else _watched(base)
@@ -230,6 +230,12 @@ def _cut(
 
     def work(item: tuple[Site, Update]) -> tuple[Update | None, float, float]:
         site, update = item
+        if 0 in update.shape:
+            raise MalformedFile(
+                f"The change of {site} is empty: its shape is {tuple(update.shape)}.",
+                file=result.adapter["ref"],
+                fix="The file is damaged; download it again or ask its author.",
+            )
         if isinstance(update, Dense):  # made once, and let go with this site
             matrix = update.make()
             held: Update = replace(update, make=lambda: matrix)

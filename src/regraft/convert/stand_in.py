@@ -32,6 +32,11 @@ class StandIn(Base):
     _called: str
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Also those of which the file changes only normalisations or biases."""
+        return tuple(dict.fromkeys(site.component for site in self.names))
+
+    @property
     def name(self) -> str:
         """The base that a PEFT config names; empty if none."""
         return self._called

@@ -14,11 +14,12 @@ from regraft.adapters.families import Family, Module, get_family
 from regraft.adapters.update import Layout
 from regraft.bases import Base, open_base
 from regraft.bases.native import Part
+from regraft.dialects.experts import expert_updates, stacked
 from regraft.dialects.keys import BESIDE, PEFT_PREFIX
 from regraft.dialects.lookup import Parts, resolve
 from regraft.dialects.scale import component_config, config_scale
 from regraft.dialects.source import AdapterSource, open_source
-from regraft.errors import MalformedFile, RegraftError, ShapeMismatch, SitesNotInBase
+from regraft.errors import FamilyNotYet, MalformedFile, RegraftError, ShapeMismatch, SitesNotInBase
 from regraft.parallel import in_order
 
 #: transformers' model types whose layers are Conv1D, which stores its weight as (in, out).
@@ -26,6 +27,8 @@ _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_ENDS = (".c_attn", ".q_attn", ".c_fc", ".c_proj")
 #: Roles whose tensors are not trained numbers.
 _WHOLE_NUMBERS = ("alpha", "on_input", "ranknum")
+#: Layers that read the latents; control LoRAs give them the control image besides.
+_FIRST_LAYERS = ("x_embedder", "conv_in", "patch_embedding", "pos_embed.proj")
 #: Roles that change a bias.
 _BIAS_ROLES = ("up_bias", *BESIDE)
 #: Roles of modules that may be missing from the base: trained whole, beside the adapter.
@@ -61,8 +64,10 @@ def load_adapter(
     base = open_base(base) if isinstance(base, str | Path) else base
     file = str(source.path)
     optional = {n for n, roles in source.modules.items() if roles.keys() <= _OPTIONAL}
-    resolution = resolve(source.modules, base, file, optional=optional)
-    if not resolution.parts:
+    experts = {n: found for n in source.modules if (found := stacked(n, base))}
+    names = [name for name in source.modules if name not in experts]
+    resolution = resolve(names, base, file, optional=optional)
+    if not resolution.parts and not experts:
         why = next(iter(resolution.refused.values()), "no module of it is there")
         raise SitesNotInBase(
             f"Nothing of this adapter can sit on the base {base.ref}: {why}.",
@@ -86,8 +91,10 @@ def load_adapter(
     if source.dialect == "peft" and not source.config:
         adapter.notes.append("No adapter_config.json beside the file: alpha is taken as the rank.")
     found = in_order(lambda pair: _updates(source, *pair, base), resolution.parts.items())
+    by_name = dict(zip(resolution.parts, found, strict=True))
+    by_name |= {name: (_experts(source, name, own, base), {}) for name, own in experts.items()}
     whose: dict[Site, str] = {}
-    for name, (updates, refused) in zip(resolution.parts, found, strict=True):
+    for name, (updates, refused) in by_name.items():
         adapter.refused |= refused
         for site, update in updates.items():
             if site in whose:
@@ -119,10 +126,12 @@ def _updates(
                 fix="Use the adapter as it was before quantisation.",
             )
     first = parts[0].site
+    if why := _widens(read, first, base):
+        return {}, {name: why}
     try:
         built: dict[str, Update] = {}
         for family, own in _by_family(source, name, read):
-            made = family.build(_module(source, name, parts, own, base))
+            made = _built(family, _module(source, name, parts, own, base))
             if made.keys() & built.keys():
                 raise MalformedFile(
                     f"The module {name} changes its {next(iter(made.keys() & built.keys()))} twice."
@@ -151,6 +160,52 @@ def _updates(
             if wrong
             else error.fix,
         ) from None
+
+
+def _built(family: Family, module: Module) -> dict[str, Update]:
+    """The updates of one module.
+
+    Raises
+    ------
+    MalformedFile
+        Its tensors or settings are none that the family's equations take.
+    """
+    try:
+        return family.build(module)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise MalformedFile(
+            f"The tensors or settings of {module.name} make no {family.title} ({str(e)[:200]})."
+        ) from e
+
+
+def _experts(
+    source: AdapterSource, name: str, experts: list[dict[str, Site]], base: Base
+) -> dict[Site, Update]:
+    """The updates of a stack of experts, each at its site."""
+    roles = source.modules[name]
+    if set(roles) != {"down", "up"}:
+        raise FamilyNotYet(
+            f"The stacked experts {name} hold {', '.join(sorted(roles))}; only LoRA is read there.",
+            file=source.path,
+            tensor=next(iter(roles.values())),
+        )
+    a, b = (source.file.read(roles[role], finite=True) for role in ("down", "up"))
+    scale = _scale(source, name, next(iter(experts[0].values())), len(a) // len(experts), None)
+    try:
+        return expert_updates(experts, a, b, scale, base)
+    except ShapeMismatch as error:
+        raise ShapeMismatch(error.what, file=source.path, tensor=roles["down"]) from None
+
+
+def _widens(read: Mapping[str, Tensor], site: Site, base: Base) -> str:
+    """Why a control LoRA's change of the first layer is not carried: it has more inputs."""
+    if site.module not in _FIRST_LAYERS or not {"down", "up"} <= read.keys() or site not in base:
+        return ""
+    shape, a, b = base.at(site).shape, read["down"], read["up"]
+    more = a.ndim == b.ndim == len(shape) and b.shape[0] == shape[0] and a.shape[1] > shape[1]
+    if not more:
+        return ""
+    return f"it widens {site} from {shape[1]} inputs to {a.shape[1]}; the base has it as it is"
 
 
 def _by_family(
@@ -219,8 +274,13 @@ def _placed(update: Update, parameter: str, parts: Parts, base: Base) -> dict[Si
         if site not in base:
             raise ShapeMismatch(f"The base has no {site}.")
         own = update if len(parts) == 1 and not part.rows else update.rows(_rows(part, update))
-        if own is not None:
-            found[site] = own
+        if own is None:
+            continue
+        if matrix_shape(own.shape) != matrix_shape(base.at(site).shape):
+            raise ShapeMismatch(
+                f"A change {own.shape} does not fit {site}, which is {base.at(site).shape}."
+            )
+        found[site] = own
     if not found:  # an update of zeros stays an update, so that nothing goes missing
         shape = base.at(parts[0].site).shape
         m, n = matrix_shape(shape)

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft.adapters import Adapter
+from regraft.adapters import Adapter, LowRank
 from regraft.bases import Base, architecture
 from regraft.dialects.names import LORA_X_FORMAT
+from regraft.dialects.writers.factors import alpha_of
 from regraft.dialects.writers.naming import model_of
 from regraft.dialects.writers.registry import Task
 from regraft.files import data_sha256
@@ -46,6 +47,7 @@ NETWORK_MODULES = {
     "qwen-image": "networks.lora_qwen_image",
     "z-image": "networks.lora_zimage",
 }
+_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 #: LyCORIS reads whole changes and normalisations, which sd-scripts' own modules do not.
 _LYCORIS = "lycoris.kohya"
 _WHOLE = (".diff", ".diff_b", ".w_norm", ".b_norm")
@@ -76,10 +78,9 @@ def file_metadata(
     if dialect == "lora-x":
         meta["regraft.format"] = LORA_X_FORMAT
     if dialect == "kohya" or any(k.startswith("ss_") for k in kept):
-        meta |= _network(task, kept, tensors)
-        for key in ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"):
-            if not meta.get(key):
-                meta.pop(key, None)
+        meta = {k: v for k, v in meta.items() if k not in _NETWORK}
+        meta |= _network(task, dialect, kept.get("ss_network_args", ""), tensors)
+        meta["ss_sd_model_name"] = task.target.name
         if found and found.kohya:
             meta["ss_base_model_version"] = found.kohya
             meta["ss_v2"] = str(found.kohya.startswith("sd_v2"))
@@ -96,26 +97,31 @@ def file_metadata(
     return meta
 
 
-def _network(
-    task: Task, kept: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """kohya's words for the file as it is; an empty text stands for a key that is left out."""
+def _network(task: Task, dialect: str, said: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """kohya's words for the file as it is; what it has no word for is left out."""
     ranks = _ranks(tensors)
     whole = any(key.endswith(_WHOLE) for key in tensors)
     module = _LYCORIS if whole else NETWORK_MODULES.get(model_of(task.target), "")
-    said = {"ss_network_module": module, "ss_sd_model_name": task.target.name}
-    alphas = {float(t) for key, t in tensors.items() if key.endswith(".alpha")}
+    dim = alpha = ""
     if len(set(ranks.values())) == 1:
         rank = next(iter(ranks.values()))
-        said["ss_network_dim"] = str(rank)
-        said["ss_network_alpha"] = _text(alphas.pop() if alphas else float(rank))
+        dim, alpha = str(rank), _text(_alpha(task, dialect, tensors, rank))
     elif ranks:
         # As sd-scripts' resize_lora.py says of ranks that differ.
-        said["ss_network_dim"] = said["ss_network_alpha"] = "Dynamic"
-    else:
-        said["ss_network_dim"] = said["ss_network_alpha"] = ""
-    said["ss_network_args"] = _arguments(kept.get("ss_network_args", ""), ranks, tensors, said)
-    return said
+        dim = alpha = "Dynamic"
+    arguments = _training_arguments(said)
+    if module == _LYCORIS:
+        # LyCORIS calls a whole change "full"; what has factors too is one of its LoCon files.
+        arguments["algo"] = "lora" if ranks else "full"
+    if dim != "Dynamic" and any(max(tensors[k].shape[2:], default=1) > 1 for k in ranks):
+        arguments |= {"conv_dim": dim, "conv_alpha": alpha}
+    words = {
+        "ss_network_module": module,
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps(arguments, sort_keys=True) if arguments else "",
+    }
+    return {key: value for key, value in words.items() if value}
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -124,29 +130,24 @@ def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {key: t.shape[0] for key, t in tensors.items() if key.endswith(firsts)}
 
 
-def _arguments(
-    said: str, ranks: Mapping[str, int], tensors: Mapping[str, Tensor], network: Mapping[str, str]
-) -> str:
+def _alpha(task: Task, dialect: str, tensors: Mapping[str, Tensor], rank: int) -> float:
+    """The alpha of a file with one rank; where the scale is in the factors it is the rank."""
+    alphas = {float(t) for key, t in tensors.items() if key.endswith(".alpha")}
+    if dialect == "peft":
+        updates = task.adapter.updates.values()
+        alphas = {alpha_of(u) for u in updates if isinstance(u, LowRank)}
+    return alphas.pop() if len(alphas) == 1 else float(rank)
+
+
+def _training_arguments(said: str) -> dict[str, Any]:
     """The input's network arguments without those that describe the form it had."""
     try:
         arguments = json.loads(said) if said else {}
     except (ValueError, RecursionError):
-        return ""
+        return {}
     if not isinstance(arguments, dict):
-        return ""
-    own = {k: v for k, v in arguments.items() if str(k).startswith(_TRAINING_ARGS)}
-    if network["ss_network_module"] == _LYCORIS:
-        # LyCORIS calls a whole change "full"; what has factors too is one of its LoCon files.
-        own["algo"] = "lora" if ranks else "full"
-    convolutions = {rank for key, rank in ranks.items() if tensors[key].ndim > 2 and _wide(key, tensors)}
-    if len(convolutions) == 1 and network["ss_network_dim"] != "Dynamic":
-        own["conv_dim"] = network["ss_network_dim"]
-        own["conv_alpha"] = network["ss_network_alpha"]
-    return json.dumps(own, sort_keys=True, ensure_ascii=False) if own else ""
-
-
-def _wide(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    return max(tensors[key].shape[2:], default=1) > 1
+        return {}
+    return {k: v for k, v in arguments.items() if k.startswith(_TRAINING_ARGS)}
 
 
 def _text(number: float) -> str:

@@ -55,7 +55,6 @@ def refuse_other_config(config: dict[str, Any], path: Path) -> None:
         "kasa_config": "KaSA",
         "monteclora_config": "MonteCLoRA",
         "arrow_config": "Arrow-routed LoRA",
-        "target_parameters": "LoRA on bare parameters (mixture-of-experts)",
         "megatron_config": "Megatron LoRA",
     }
     read = {f.name.upper() for f in families()} | set(_ALIKE)
@@ -98,7 +97,7 @@ def beside(key: str, config: dict[str, Any]) -> tuple[str, str] | str | None:
     module, parameter = whole_parameter(key)
     plain = module.removeprefix(PEFT_PREFIX)
     saved = [str(name) for name in config.get("modules_to_save") or []]
-    if any(f".{plain}.".find(f".{name}.") >= 0 for name in saved):
+    if any(f"{name}." in f"{plain}." for name in saved):  # PEFT asks for the end of a name, no dot
         roles = {"weight": "whole", "bias": "whole_bias"}
         return (
             (module, roles[parameter]) if parameter in roles else (f"{module}.{parameter}", "whole")

@@ -52,6 +52,8 @@ def config_scale(config: dict[str, Any], module: str, rank: int, file: str) -> f
             config.get("lora_alpha", config.get("alpha", rank)),
         )
         said, alpha = int(said), float(alpha)
+    except MalformedFile as error:
+        raise MalformedFile(f"{module}: {error.what}", file=file, fix=error.fix) from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MalformedFile(
             f"The adapter's config gives no usable rank and alpha for {module} ({error}).",

@@ -30,6 +30,7 @@ from regraft.errors import (
     UnknownKeys,
 )
 from regraft.files import TensorFile, locate
+from regraft.files.pickle_gate import original
 from regraft.files.select import weight_files
 
 
@@ -91,9 +92,9 @@ class AdapterSource:
         return get_family(self.families[module]).rank(shapes)
 
     def sha256(self) -> str:
-        """SHA-256 of the weights file."""
+        """SHA-256 of the weights file; of a pickle, not of its copy."""
         digest = hashlib.sha256()
-        with open(self.path, "rb") as stream:
+        with open(original(self.path), "rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -367,4 +368,6 @@ def _dialect(modules: dict[str, dict[str, str]], has_config: bool) -> str:
     first = next(iter(modules))
     if has_config or first.startswith(PEFT_PREFIX):
         return "peft"
+    if first.startswith(("diffusion_model.", "text_encoders.")):
+        return "comfyui"
     return "kohya" if split_kohya(first) else "diffusers"

@@ -103,7 +103,7 @@ class GGUFFile(TensorFile):
             value = at.value(at.number("I"))
             if value is not None:
                 self.settings[key] = value
-        entries = [self._entry(at) for _ in range(tensors)]
+        entries = [self._described(at) for _ in range(tensors)]
         align = self.settings.get("general.alignment", 32)
         if not isinstance(align, int) or not 1 <= align <= 1 << 20:
             raise self._bad("its alignment cannot be")
@@ -118,7 +118,7 @@ class GGUFFile(TensorFile):
             found[name] = TensorInfo(name, dtype, shape, data + offset, end)
         return found
 
-    def _entry(self, at: _Cursor) -> tuple[str, torch.dtype, tuple[int, ...], int]:
+    def _described(self, at: _Cursor) -> tuple[str, torch.dtype, tuple[int, ...], int]:
         name = at.text(MAX_NAME)
         count = at.number("I")
         if not 1 <= count <= MAX_DIMENSIONS:

@@ -58,6 +58,8 @@ class PickleGate:
 
 
 _OPEN: ContextVar[PickleGate | None] = ContextVar("regraft_pickles", default=None)
+#: Copy → the pickle it was made of; for all threads, which a context is not.
+_ORIGINALS: dict[Path, Path] = {}
 
 
 @contextmanager
@@ -85,11 +87,13 @@ def allow_pickles() -> Iterator[PickleGate]:
         yield gate
     except RegraftError as error:
         # The user knows the file they gave, not our copy.
-        by_copy = {str(copy): str(path) for path, copy in gate.copies.items()}
-        error.file = by_copy.get(error.file or "", error.file)
+        if error.file:
+            error.file = str(original(Path(error.file)))
         raise
     finally:
         _OPEN.reset(token)
+        for copy in gate.copies.values():
+            _ORIGINALS.pop(copy, None)
         shutil.rmtree(gate.folder, ignore_errors=True)
 
 
@@ -100,9 +104,7 @@ def pickles_allowed() -> bool:
 
 def original(path: Path) -> Path:
     """The pickled file that ``path`` is the copy of; else ``path`` itself."""
-    gate = _OPEN.get()
-    by_copy = {copy: file for file, copy in gate.copies.items()} if gate else {}
-    return by_copy.get(path, path)
+    return _ORIGINALS.get(path, path)
 
 
 def unpickled(path: Path) -> Path:
@@ -133,6 +135,7 @@ def unpickled(path: Path) -> Path:
             listed = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
             gate.notes.append(f"{path.name}: what is not a named tensor was left out ({listed}).")
         gate.copies[path] = copy
+        _ORIGINALS[copy] = path
     return gate.copies[path]
 
 

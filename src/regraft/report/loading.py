@@ -51,10 +51,12 @@ def _again(why: str, dialect: str, output: str) -> str:
 
 
 def _for_ui(parts: tuple[str, ...], dialect: str = "") -> str:
-    """The dialect ComfyUI reads completely for these parts (text encoders: either)."""
+    """The dialect ComfyUI reads completely for these parts; the file's own if it does."""
     if all(p in _TEXT_ENCODERS for p in parts) and dialect == "diffusers":
         return dialect
-    return "diffusers" if "transformer" in parts else "kohya"
+    if dialect == "comfyui" or (dialect == "diffusers" and "transformer" in parts):
+        return dialect
+    return "comfyui" if "transformer" in parts else "kohya"
 
 
 def _lora_x(parts: tuple[str, ...]) -> list[Snippet]:
@@ -114,15 +116,13 @@ def _bare(result: TransferResult, parts: tuple[str, ...]) -> bool | None:
 def _diffusers(
     dialect: str, parts: tuple[str, ...], name: str, target: str, *, bare: bool | None
 ) -> Snippet:
-    if dialect == "kohya" and "transformer" in parts:
-        return Snippet(
-            "diffusers",
-            note=_again(
-                "Readers do not agree on kohya's names for diffusion transformers",
-                "diffusers",
-                "a new name",
-            ),
+    if dialect == "comfyui" or (dialect == "kohya" and "transformer" in parts):
+        why = (
+            "It reads ComfyUI's names of some models only"
+            if dialect == "comfyui"
+            else "It reads kohya's names of some diffusion transformers only"
         )
+        return Snippet("diffusers", note=_again(why, "diffusers", "a new name"))
     part = parts[0] if parts else "unet"
     whole = f"""pipe.load_lora_weights(".", weight_name={quoted(name)}, adapter_name="carried")
 pipe.set_adapters("carried", 1.0)"""
@@ -158,7 +158,7 @@ def _comfyui(dialect: str, parts: tuple[str, ...], name: str) -> Snippet:
         why = (
             "It skips the attention layers of a U-Net under diffusers' names"
             if dialect == "diffusers"
-            else "Its readers do not agree on kohya's names for diffusion transformers"
+            else "It does not read kohya's names of every diffusion transformer"
         )
         return Snippet("ComfyUI", note=_again(why, ui, "a new name"))
     text = any(p in _TEXT_ENCODERS for p in parts)

@@ -19,7 +19,7 @@ from regraft.bases import Base, open_base
 from regraft.convert import convert
 from regraft.crossing import Progress, silent
 from regraft.errors import InputNotFound, RegraftError
-from regraft.files import TensorFile, locate
+from regraft.files import Located, TensorFile, locate
 from regraft.files.hub import from_hub
 from regraft.files.select import weight_files
 from regraft.result import Check, VerifyResult
@@ -189,7 +189,8 @@ def _from_hub(run: _Replay, what: str) -> Path:
     return from_hub(str(repo), str(facts["revision"]))
 
 
-def _adapter(run: _Replay) -> Path:
+def _adapter(run: _Replay) -> Located:
+    """The adapter, as if from where it was recorded to come."""
     path = run.adapter or _from_hub(run, "adapter")
     said = run.story["adapter"]["sha256"]
     weights = _weights(path)
@@ -197,7 +198,8 @@ def _adapter(run: _Replay) -> Path:
         raise run.stop(
             "adapter", f"{weights.name} is not the adapter that was used (sha256 {said})"
         )
-    return path
+    facts = run.story["adapter"]
+    return Located(str(path), path, facts.get("repo"), facts.get("revision"))
 
 
 def _check_adapter(run: _Replay, found: Mapping[str, Any]) -> None:
@@ -212,7 +214,13 @@ def _base(run: _Replay, what: str) -> Base:
     """A base under its recorded name and revision: metadata hold them, nothing depends on them."""
     opened = run.bases.get(what) or open_base(_from_hub(run, what))
     facts = run.story[what]
-    return replace(opened, repo=str(facts["name"]), revision=facts.get("revision"))
+    return replace(opened, repo=_text(facts["name"]), revision=facts.get("revision"))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:20]!r} is no name")
+    return value
 
 
 def _check_base(run: _Replay, what: str, found: Mapping[str, Any] | None) -> None:
@@ -231,7 +239,7 @@ def _library(run: _Replay, device: str) -> SubspaceLibrary:
     return SubspaceLibrary(device=device)
 
 
-def _transfer(run: _Replay, adapter: Path, out: Path, dialect: str) -> None:
+def _transfer(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
     story, said = run.story, dict(run.story["parameters"])
     said.setdefault("method", story["method"])
     library = _library(run, str(said.pop("device", "cpu")))
@@ -244,7 +252,7 @@ def _transfer(run: _Replay, adapter: Path, out: Path, dialect: str) -> None:
             output=out,
             dialect=dialect,
             dtype=story["dtype"],
-            name=story["adapter"]["name"],
+            name=_text(story["adapter"]["name"]),
             library=library,
             progress=run.progress,
             **said,
@@ -260,7 +268,7 @@ def _transfer(run: _Replay, adapter: Path, out: Path, dialect: str) -> None:
     _check_base(run, "target", found.target)
 
 
-def _convert(run: _Replay, adapter: Path, out: Path, dialect: str) -> None:
+def _convert(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
     story = run.story
     found = convert(
         adapter,
@@ -268,7 +276,7 @@ def _convert(run: _Replay, adapter: Path, out: Path, dialect: str) -> None:
         base=None if story["base"] is None else _base(run, "base"),
         dialect=dialect,
         dtype=story["dtype"],
-        name=story["adapter"]["name"],
+        name=_text(story["adapter"]["name"]),
         library=run.library,
         progress=run.progress,
         **story["parameters"],

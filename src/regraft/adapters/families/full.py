@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regraft.adapters.families.registry import Built, Module, family
 from regraft.adapters.update import Dense, Layout
+from regraft.errors import ShapeMismatch
 
 
 def dense(change: Tensor, shape: tuple[int, ...] | None = None, layout: Layout = "linear") -> Dense:
@@ -30,6 +31,9 @@ def dense(change: Tensor, shape: tuple[int, ...] | None = None, layout: Layout =
 def build(module: Module) -> Built:
     """ΔW and Δb as they are."""
     built: Built = {}
+    for role, change in module.tensors.items():
+        if change.ndim == 0:
+            raise ShapeMismatch(f"The change {role} is a single number.")
     for role in ("diff", "w_norm"):
         if role in module.tensors:
             built["weight"] = dense(module.tensors[role], module.shape, module.layout)

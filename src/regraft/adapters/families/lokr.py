@@ -25,7 +25,7 @@ from torch import Tensor
 from regraft.adapters.families.registry import Built, Module, family
 from regraft.adapters.families.views import is_peft, out_in, own_setting
 from regraft.adapters.update import Dense, Kronecker
-from regraft.errors import ShapeMismatch
+from regraft.errors import MalformedFile, ShapeMismatch
 
 _FIRST = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
 _SECOND = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
@@ -83,8 +83,14 @@ def _scale(module: Module) -> float:
         return module.scale(rank)
     if not is_peft(module, "LOKR") or module.alpha is not None:
         return 1.0
-    said = int(own_setting(module, "rank_pattern", "r", 8))
-    return float(own_setting(module, "alpha_pattern", "alpha", 8)) / said
+    said = own_setting(module, "rank_pattern", "r", 8)
+    alpha = own_setting(module, "alpha_pattern", "alpha", 8)
+    try:
+        return float(alpha) / int(said)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise MalformedFile(
+            f"The config gives no usable rank and alpha for {module.name} ({error})."
+        ) from error
 
 
 def _half(module: Module, index: int) -> Tensor:
@@ -100,6 +106,6 @@ def _half(module: Module, index: int) -> Tensor:
         if core.ndim < 3 or core.shape[:2] != (a.shape[0], b.shape[0]):
             raise ShapeMismatch(f"A core {tuple(core.shape)} does not fit {whole}'s factors.")
         return torch.einsum("ij...,ic,jd->cd...", core.float(), a, b).flatten(1)
-    if a.shape[1] != b.shape[0]:
+    if a.ndim > 2 or a.shape[1] != b.shape[0]:
         raise ShapeMismatch(f"{whole}_a {tuple(a.shape)} and {whole}_b {tuple(b.shape)} differ.")
     return a.flatten(1) @ b.flatten(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from regraft.adapters.families.registry import Module
 from regraft.adapters.patterns import matches_end
 from regraft.adapters.update import Dense, Layout, matrix_shape
+from regraft.errors import MalformedFile
 
 
 def out_first(weight: Tensor, layout: Layout) -> Tensor:
@@ -69,7 +70,10 @@ def own_setting(module: Module, patterns: str, plain: str, default: Any) -> Any:
     PEFT's rule: the first key of ``patterns`` that matches the module's dotted end.
     """
     name = module.name.removeprefix("base_model.model.")
-    for key, value in (module.settings.get(patterns) or {}).items():
+    own = module.settings.get(patterns) or {}
+    if not isinstance(own, dict):
+        raise MalformedFile(f"The config's {patterns} is no table.")
+    for key, value in own.items():
         if matches_end(key, name):
             return value
     return module.settings.get(plain, default)

@@ -65,7 +65,7 @@ def _decode(bits: int, shape: tuple[int, int], parts: Parts) -> Tensor:
     outputs, inputs = shape
     scale = parts["scale"].float()
     middle = 2 ** (bits - 1)
-    whole = unpack(parts["codes"], bits, inputs).float() - middle
+    whole: Tensor = unpack(parts["codes"], bits, inputs).float() - middle
     if "g_idx" in parts and bool((parts["g_idx"] >= 0).all()):
         group = parts["g_idx"].long()
     else:  # all −1 where the groups are in order

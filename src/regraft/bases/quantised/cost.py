@@ -86,3 +86,17 @@ def cost(base: Base) -> str | None:
 
 def _range(pair: tuple[float, float]) -> str:
     return f"{pair[0]:.2f}" if pair[0] == pair[1] else f"{pair[0]:.2f}–{pair[1]:.2f}"
+
+
+def notes(source: Base, target: Base) -> list[str]:
+    """What a reader of a transfer between these bases should know of their storage."""
+    said = []
+    if source.quantised:
+        forms = ", ".join(source.quantised)
+        said.append(
+            f"The source base is quantised ({forms}): the evidence is measured on those weights, "
+            "and so is ΔW of families that depend on the base (DoRA and its like)."
+        )
+    if (found := cost(target)) is not None:
+        said.append(f"The target base: {found}")
+    return said

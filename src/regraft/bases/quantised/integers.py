@@ -39,9 +39,10 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         return octets[..., :count]
     first = torch.arange(count) * bits
     low, shift = first // 8, (first % 8).to(torch.uint8)
-    found = octets[..., low] >> shift
+    found: Tensor = octets[..., low] >> shift
     straddles = (first % 8 + bits > 8).nonzero()[:, 0]
     if len(straddles):
         high = octets[..., low[straddles] + 1]
         found[..., straddles] |= high << (8 - shift[straddles])
-    return found & (2**bits - 1)
+    found &= 2**bits - 1
+    return found

@@ -36,7 +36,14 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".q_attn.weight")
 #: Ends of names that only parts of a quantised weight have. One left over is a damaged weight:
 #: reading its neighbour as plain numbers would be wrong.
-_MATES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".qzeros")
+_MATES: tuple[str, ...] = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".SCB",
+    ".qzeros",
+)
 _MATES += (".g_idx", ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
 _MATES += (".weight._data", ".weight._scale", ".weight._shift", "._weight_qdata")
 _MATES += (".scale_weight", ".weight_scale", ".weight_scale_inv", "__nf4", "__fp4")

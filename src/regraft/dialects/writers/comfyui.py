@@ -1,11 +1,11 @@
-"""comfyui: ComfyUI's own names, ``diffusion_model.`` or ``text_encoders.`` and the module's path.
+"""comfyui: ComfyUI's own names, ``diffusion_model.`` or ``text_encoders.`` and a module's path.
 
-Rules of ComfyUI's reader (facts from ``comfy/lora.py`` and ``comfy/weight_adapter/lora.py``, GPL-3.0,
-restated):
+Rules of ComfyUI's reader (facts from ``comfy/lora.py`` and ``comfy/weight_adapter/lora.py``,
+GPL-3.0, restated):
 
 * for every ``X.weight`` of the model it looks for the names ``X`` with one of the LoRA suffixes
-  (``.lora_A.weight``, …), ``.alpha``, ``.diff`` or ``.w_norm`` (a change of the weight), ``.diff_b``
-  or, beside ``.w_norm``, ``.b_norm`` (a change of the bias);
+  (``.lora_A.weight``, …), ``.alpha``, ``.diff`` or ``.w_norm`` (a change of the weight),
+  ``.diff_b`` or, beside ``.w_norm``, ``.b_norm`` (a change of the bias);
 * any other parameter of the denoiser is looked for under its whole name, with ``.diff``;
 * ΔW = alpha / r · B A, reshaped to the weight as stored; without alpha B A.
 
@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import re
 
+from regraft.adapters import Site
 from regraft.bases import Base
+from regraft.bases.native import native_parts
 from regraft.dialects.writers.factors import folded, is_layer_bias, is_matrix, is_norm, stored
-from regraft.dialects.writers.kohya import changes, is_lora
 from regraft.dialects.writers.naming import (
     DENOISERS,
     FileModule,
@@ -30,6 +31,7 @@ from regraft.dialects.writers.naming import (
     model_of,
 )
 from regraft.dialects.writers.registry import Refused, Task, Tensors, Writer, register
+from regraft.dialects.writers.whole import changes, is_lora
 from regraft.parallel import in_order
 
 _HUNYUAN = (
@@ -81,11 +83,13 @@ def refused(task: Task) -> Refused:
     """What ComfyUI has no name for."""
     found: Refused = {}
     fronts = {c: _front(task.target, c) for c in task.components}
+    known = _named_sites(task)
     for site in task.adapter.updates:
         if fronts[site.component] is None:
             found[site] = "ComfyUI has no name for this component that is known here"
         elif site.component in DENOISERS:
-            continue
+            if known is not None and site not in known:
+                found[site] = "the original name of this module, which ComfyUI reads, is not known"
         elif not (
             is_matrix(site, task.target)
             or is_layer_bias(site, task.target)
@@ -93,6 +97,14 @@ def refused(task: Task) -> Refused:
         ):
             found[site] = "ComfyUI applies no change to a bare parameter of a text encoder"
     return found
+
+
+def _named_sites(task: Task) -> set[Site] | None:
+    """The sites of the denoiser whose names ComfyUI knows; None: all of them."""
+    if model_of(task.target) in ("sd", "sdxl"):
+        parts = native_parts(task.target, "unet").values()
+        return {part.site for found in parts for part in found}
+    return None if model_of(task.target) else set()
 
 
 def _name(module: FileModule, model: str) -> str:
@@ -116,7 +128,7 @@ def tensors(task: Task) -> Tensors:
             down, up = folded(stored(module.parameters["weight"].low_rank()), task.dtype)
             held[f"{name}.lora_A.weight"], held[f"{name}.lora_B.weight"] = down, up
         for parameter, change in module.parameters.items():
-            if parameter not in ("weight", "bias") and not (parameter == "scale" and scale_is_weight):
+            if parameter not in ("weight", "bias", "scale" if scale_is_weight else ""):
                 held[f"{name}.{parameter}.diff".replace("..", ".")] = change.diff().to(task.dtype)
         return held
 

@@ -24,6 +24,8 @@ _TABLES = (
     "wte",
     "wpe",
 )
+#: The alpha of a file whose updates have none of their own, as trainers often set it.
+_USUAL_RANK = 16
 
 
 def held_in_factors(update: Update) -> bool:
@@ -64,14 +66,16 @@ def alpha_of(update: LowRank) -> float:
 
 
 def file_alpha(updates: Iterable[LowRank], bounds: Iterable[int]) -> float:
-    """The one alpha of a file: the most frequent; where no update has its own, a rank.
+    """The one alpha of a file: the most frequent; where no update has its own, a usual rank.
 
-    diffusers loses the alpha of attention layers unless the whole file has the same one.
+    diffusers loses the alpha of attention layers unless the whole file has the same one. ``bounds``
+    are the largest ranks that the updates can have.
     """
     alphas = Counter(alpha_of(u) for u in updates if u.scale)
     if alphas:
         return alphas.most_common(1)[0][0]
-    return float(max(bounds, default=1))
+    # Near the ranks files have, so that fp16 holds what is folded into B.
+    return float(min(_USUAL_RANK, max(bounds, default=1)))
 
 
 def with_alpha(update: LowRank, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -28,13 +28,13 @@ from regraft.dialects.writers.factors import (
 from regraft.dialects.writers.naming import (
     DENOISERS,
     FileModule,
-    Parameter,
     by_native_names,
     by_own_names,
     is_t5,
     model_of,
 )
 from regraft.dialects.writers.registry import Refused, Task, Tensors, Writer, register
+from regraft.dialects.writers.whole import changes, is_lora
 from regraft.parallel import in_order
 
 #: Model → whose module names its kohya files carry, and why. A model with a table of native names
@@ -75,7 +75,11 @@ def refused(task: Task) -> Refused:
     known = prefixes(task.target)
     for site, update in task.adapter.updates.items():
         if site.component not in known:
-            found[site] = "kohya files have no names for this kind of base"
+            found[site] = (
+                f"kohya files have no names for {site.component}"
+                if site.component
+                else "kohya files have no names for this kind of base"
+            )
         elif is_matrix(site, task.target):
             if is_table(site, update):
                 found[site] = "kohya files hold no embedding tables"
@@ -101,39 +105,6 @@ def alpha_for(modules: list[FileModule]) -> float:
     cheap = (p for p in matrices if all(held_in_factors(u) for _, u, _ in p.parts))
     bounds = (u.rank for p in matrices for _, u, _ in p.parts)
     return file_alpha((p.low_rank() for p in cheap), bounds)
-
-
-def is_lora(module: FileModule) -> bool:
-    """Whether a module has a weight of two or more dimensions."""
-    weight = module.parameters.get("weight")
-    return weight is not None and len(weight.shape) > 1
-
-
-def changes(
-    module: FileModule, name: str, dtype: torch.dtype, *, lora: bool, scale: bool = True
-) -> Tensors:
-    """The whole changes of a module, under LyCORIS' and ComfyUI's names.
-
-    ``scale``: the weight of a normalisation may be called so.
-    """
-    held: Tensors = {}
-    weight, bias = _norm_weight(module, scale), module.parameters.get("bias")
-    if weight is not None:
-        held[f"{name}.w_norm"] = weight.diff().to(dtype)
-    elif "weight" in module.parameters and not lora:
-        held[f"{name}.diff"] = module.parameters["weight"].diff().to(dtype)
-    if bias is not None:
-        # ComfyUI looks for b_norm only beside w_norm.
-        role = "diff_b" if weight is None else "b_norm"
-        held[f"{name}.{role}"] = bias.diff().to(dtype)
-    return held
-
-
-def _norm_weight(module: FileModule, scale: bool) -> Parameter | None:
-    weight = module.parameters.get("weight")
-    if weight is None and scale:
-        weight = module.parameters.get("scale")
-    return weight if weight is not None and len(weight.shape) == 1 else None
 
 
 def tensors(task: Task) -> Tensors:

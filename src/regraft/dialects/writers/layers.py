@@ -1,13 +1,13 @@
 """What PEFT's LoRA layers hold: the modules of a ``peft`` folder and of a ``diffusers`` file.
 
 A bias travels as ``lora_B.bias``. PEFT has one setting for it, ``lora_bias``, for all layers of a
-model: every layer of the adapter then has such a bias, and must have a bias of its own to add it to;
-embedding layers refuse it (peft 0.21, ``LoraLayer.update_layer``, ``Embedding.update_layer``).
+model: every layer of the adapter then has such a bias, and must have a bias of its own to add it
+to; embedding layers refuse it (peft 0.21, ``LoraLayer.update_layer``, ``Embedding.update_layer``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Layer:
     weight: Update | None = None
     bias: Update | None = None
     #: Whether every layer of the model has a bias of its LoRA.
-    biased: bool = field(default=False)
+    biased: bool = False
 
     @property
     def is_table(self) -> bool:

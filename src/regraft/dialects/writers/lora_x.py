@@ -1,7 +1,7 @@
 """lora-x: Regraft's own form of LoRA-X, U ΔΣ Vᵀ (docs/formats.md).
 
-(m, n) is the shape of the weight as the base stores it, so layers that store (in, out) and embedding
-tables are held like any other.
+(m, n) is the shape of the weight as the base stores it, so layers that store (in, out) and
+embedding tables are held like any other.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def register(writer: Writer) -> Writer:
 
 
 def writers() -> tuple[Writer, ...]:
-    """All of them, in the order in which users are told of them."""
-    return tuple(_WRITERS.values())
+    """All of them, by name."""
+    return tuple(writer for _, writer in sorted(_WRITERS.items()))
 
 
 def get_writer(name: str) -> Writer:
@@ -103,7 +103,9 @@ def get_writer(name: str) -> Writer:
     BadOption
     """
     if name not in _WRITERS:
-        raise BadOption(f"No dialect {name!r}.", fix=f"Choose one of {', '.join(_WRITERS)}.")
+        raise BadOption(
+            f"No dialect {name!r}.", fix=f"Choose one of {', '.join(sorted(_WRITERS))}."
+        )
     return _WRITERS[name]
 
 

@@ -1,0 +1,28 @@
+"""Adapter families that PEFT lacks, as PEFT tuners under string keys.
+
+Importing this makes them known to PEFT: ``get_peft_model``, ``PeftModel.from_pretrained``,
+``inject_adapter_in_model`` and diffusers' ``add_adapter`` take them like PEFT's own.
+"""
+
+from regraft.tuners import registration  # first: it says so if PEFT is missing
+from regraft.tuners.lora_x import LoraXConfig, LoraXModel
+from regraft.tuners.saved import load_onto
+from regraft.tuners.svdiff import (
+    SVDiffConfig,
+    SVDiffModel,
+    load_spectral_shifts,
+    write_spectral_shifts,
+)
+
+register = registration.register
+
+__all__ = [
+    "LoraXConfig",
+    "LoraXModel",
+    "SVDiffConfig",
+    "SVDiffModel",
+    "load_onto",
+    "load_spectral_shifts",
+    "register",
+    "write_spectral_shifts",
+]

@@ -1,0 +1,39 @@
+"""What a file says reaches the screen as text, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from regraft.cli.screen import clean, print_json
+
+EVIL = {
+    "colour": "a\x1b[31mb",
+    "a line of its own": "a\nError: b",
+    "back to the start": "a\rb",
+    "C1 control": "a\x9b31mb",
+    "turned around": "a\u202eb\u2066c",
+    "no width": "a\u200bb",
+    "half a character": "a\ud800b",
+}
+
+
+@pytest.mark.parametrize("text", EVIL.values(), ids=EVIL)
+def test_names_stay_on_their_line(text):
+    shown = clean(text)
+    assert shown.isprintable()
+    assert shown.startswith("a")
+
+
+def test_markup_is_text():
+    assert clean("[bold]x[/]") == r"\[bold]x\[/]"
+    assert clean("Ünïcødé 日本 🐱") == "Ünïcødé 日本 🐱"
+
+
+@pytest.mark.parametrize("text", EVIL.values(), ids=EVIL)
+def test_json_is_escaped_and_comes_back(text, capsys):
+    print_json({"k": text})
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert json.loads(out) == {"k": text}
