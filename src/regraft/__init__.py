@@ -10,6 +10,7 @@ from regraft.compare import compare
 from regraft.convert import convert
 from regraft.dialects import inspect_file, load_adapter
 from regraft.errors import RegraftError
+from regraft.files import allow_pickles
 from regraft.methods import methods
 from regraft.result import ConvertResult, TransferResult, VerifyResult
 from regraft.retention.measure import measure
@@ -26,6 +27,7 @@ __all__ = [
     "TransferResult",
     "VerifyResult",
     "__version__",
+    "allow_pickles",
     "compare",
     "convert",
     "inspect_file",

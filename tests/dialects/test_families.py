@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from regraft.adapters.families import families
 from regraft.dialects import inspect_file, load_adapter
 from regraft.dialects.inspect import kind_of_name
-from regraft.dialects.keys import suffixes
+from regraft.dialects.keys import split_key, suffixes
 from regraft.dialects.source import open_source
 from regraft.errors import (
     FamilyNotYet,
@@ -115,7 +115,6 @@ CONFIGS = [
     ("block-diagonal", {"use_bdlora": {"x": 1}}),
     ("activated", {"alora_invocation_tokens": [1]}),
     ("replication", {"layer_replication": [[0, 1]]}),
-    ("bare parameters", {"target_parameters": ["experts.w"]}),
     ("KaSA", {"kasa_config": {"x": 1}}),
 ]  # fmt: skip
 
@@ -282,3 +281,52 @@ KINDS = {
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_kinds_read_alike_in_every_dialect(name, kind):
     assert kind_of_name(name) == kind
+
+
+WRITERS = {
+    "sd-scripts": (PAIR, {"ss_network_module": "networks.lora"}),
+    "musubi-tuner": (PAIR, {"ss_network_module": "networks.lora_wan"}),
+    "LyCORIS": (PAIR, {"ss_network_module": "lycoris.kohya"}),
+    "OneTrainer": (PAIR, {"ot_branch": "master"}),
+    "ai-toolkit": (PAIR, {"software": '{"name": "ai-toolkit"}'}),
+    "regraft": (PAIR, {"regraft": "{}", "ss_network_module": "networks.lora"}),
+    "sd-scripts or musubi-tuner": (PAIR, {}),
+    "diffusers": (("unet.x.lora_A.weight", "unet.x.lora_B.weight"), {}),
+    "diffusers before 0.22": (
+        ("unet.a.processor.to_q_lora.down.weight", "unet.a.processor.to_q_lora.up.weight"),
+        {},
+    ),
+    "x-flux": (
+        tuple(f"double_blocks.0.processor.qkv_lora1.{w}.weight" for w in ("down", "up")),
+        {},
+    ),
+    "PEFT": ((f"{P}.lora_A.weight", f"{P}.lora_B.weight"), {}),
+    "unknown": (("x.y.lora_A.weight", "x.y.lora_B.weight"), {}),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_writer_is_known_by_metadata_or_habit(writer, tmp_path):
+    keys, metadata = WRITERS[writer]
+    save_file({k: torch.ones(4, 4) for k in keys}, tmp_path / "a.safetensors", metadata)
+    assert open_source(tmp_path / "a.safetensors").writer == writer
+
+
+WRAPPED = (
+    "base_model.model.x.lora_A.default.weight",
+    "base_model.model.x.lora_A.my_style.weight",
+    "base_model.model._orig_mod.x.lora_A.weight",
+    "base_model.model._fsdp_wrapped_module.x.lora_A.weight",
+)
+
+
+@pytest.mark.parametrize("key", WRAPPED)
+def test_names_of_adapters_and_wrappers_are_left_out(key):
+    assert split_key(key) == ("base_model.model.x", "down")
+
+
+def test_two_adapters_in_one_file_are_not_mixed(tmp_path):
+    keys = [f"{P}.lora_{x}.{name}.weight" for x in "AB" for name in ("one", "two")]
+    save_file({k: torch.ones(4, 4) for k in keys}, tmp_path / "a.safetensors")
+    with pytest.raises(MalformedFile, match="two tensors"):
+        open_source(tmp_path / "a.safetensors")

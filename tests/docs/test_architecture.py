@@ -16,8 +16,15 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 #: Packages that only one room, or one module, may import.
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "diffusers": ("demo/", "running/"),
-    "transformers": ("demo/", "running/", "retention/encoders.py"),
-    "peft": ("demo/",),
+    "transformers": (
+        "demo/",
+        "running/",
+        "retention/encoders.py",
+        "adapters/families/peft_other.py",
+    ),
+    "peft": ("demo/", "tuners/", "adapters/families/peft_other.py"),
+    "gguf": ("bases/quantised/", "files/gguffile.py"),
+    "torchao": ("bases/quantised/",),
     "PIL": ("demo/", "retention/"),
     "accelerate": ("demo/",),
     "huggingface_hub": ("files/hub.py",),

@@ -81,3 +81,20 @@ class Case:
     def name(self) -> str:
         text = f"{self.family}, {self.dialect}, {self.layer}"
         return f"{text}, {self.what}" if self.what else text
+
+
+def add_to(cases: list[Case]) -> Callable[..., None]:
+    """A function that declares a case in a list, the outcome last."""
+
+    def add(
+        family: str,
+        dialect: str,
+        layer: str,
+        writer: str,
+        make: Callable[[Path], Made],
+        outcome: str = "exact",
+        what: str = "",
+    ) -> None:
+        cases.append(Case(family, dialect, layer, writer, make, outcome, what))
+
+    return add

@@ -152,3 +152,26 @@ SPLIT: tuple[tuple[str, str, Place], ...] = tuple(
         ("Chroma", "chroma", "transformer_blocks.1.attn.to_q"),
     )
 )
+
+
+def flat(prefix: str, place: Place) -> Place:
+    return place.named(prefix + place.name.replace(".", "_"))
+
+
+def dotted(prefix: str, place: Place) -> Place:
+    return place.named(prefix + place.name)
+
+
+WEIGHTS = ("linear", "1×1 conv", "3×3 conv")
+CLIP = at("sd", TEXT, f"text_encoder.{TEXT}")
+CLIP_G = at("xl", TEXT, f"text_encoder_2.{TEXT}")
+T5_FLUX = at("flux", T5, f"text_encoder_2.{T5}")
+T5_SD3 = at("sd3", T5, f"text_encoder_3.{T5}")
+CLIP_FLUX = at("flux", TEXT, f"text_encoder.{TEXT}")
+
+
+#: Shared by several writers.
+OT = "OneTrainer"
+WAN_Q = at("wan", "diffusion_model.blocks.1.self_attn.q", "transformer.blocks.1.attn1.to_q")
+FLUX_Q = at("flux", "transformer.transformer_blocks.1.attn.to_q", IMAGE_QKV[0])
+FUSED = at("flux", "lora_unet_double_blocks_1_img_attn_qkv", *IMAGE_QKV)

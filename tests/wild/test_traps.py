@@ -15,10 +15,21 @@ from safetensors.torch import load_file
 from regraft.adapters import delta
 from regraft.dialects import load_adapter
 from tests.wild import pieces
-from tests.wild.catalogue import CLIP_FLUX, LINEAR1, T5_FLUX, T5_SD3, dotted, flat
 from tests.wild.made import filed
 from tests.wild.pieces import AB, KOHYA, dora, lora, lycoris
-from tests.wild.places import IMAGE_QKV, LDM, NATIVE, SD, at
+from tests.wild.places import (
+    CLIP_FLUX,
+    IMAGE_QKV,
+    LDM,
+    LINEAR1,
+    NATIVE,
+    SD,
+    T5_FLUX,
+    T5_SD3,
+    at,
+    dotted,
+    flat,
+)
 from tests.wild.worlds import world
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from regraft.adapters.algebra import Factors, energy, svd_of_product
+from regraft.adapters.algebra import Factors, energy, top_of_product
 from regraft.adapters.decompose import decompose, svd
 from regraft.errors import NonFiniteTensor, ShapeMismatch
 
@@ -83,9 +83,7 @@ class Update(ABC):
 
     def spectrum(self) -> Spectrum:
         """The exact singular values and vectors, in the cheapest way this form allows."""
-        u, s, vh = svd_of_product(*self.factors())
-        root = s.sqrt()
-        return Spectrum(s, lambda k: (u[:, :k] * root[:k], root[:k, None] * vh[:k]))
+        return Spectrum(*top_of_product(*self.factors()))
 
     def low_rank(self) -> LowRank:
         """The same ΔW as a LoRA, scale 1."""

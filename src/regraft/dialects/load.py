@@ -64,7 +64,7 @@ def load_adapter(
     base = open_base(base) if isinstance(base, str | Path) else base
     file = str(source.path)
     optional = {n for n, roles in source.modules.items() if roles.keys() <= _OPTIONAL}
-    experts = {n: found for n in source.modules if (found := stacked(n, base))}
+    experts = {n: stack for n in source.modules if (stack := stacked(n, base))}
     names = [name for name in source.modules if name not in experts]
     resolution = resolve(names, base, file, optional=optional)
     if not resolution.parts and not experts:
@@ -92,7 +92,8 @@ def load_adapter(
         adapter.notes.append("No adapter_config.json beside the file: alpha is taken as the rank.")
     found = in_order(lambda pair: _updates(source, *pair, base), resolution.parts.items())
     by_name = dict(zip(resolution.parts, found, strict=True))
-    by_name |= {name: (_experts(source, name, own, base), {}) for name, own in experts.items()}
+    for name, stack in experts.items():
+        by_name[name] = (_experts(source, name, stack, base), {})
     whose: dict[Site, str] = {}
     for name, (updates, refused) in by_name.items():
         adapter.refused |= refused

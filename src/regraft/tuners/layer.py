@@ -9,7 +9,7 @@ is (1, d).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     adapter_name : str
     """
 
-    other_param_names = ("scaling",)
+    # What comes from PEFT's half, for type checkers, which cannot see it.
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], Any]
+    merged: bool
+    set_adapter: Callable[..., None]
+    # What a subclass adds to.
+    adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...] = ("scaling",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -85,6 +93,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """
         raise NotImplementedError
 
+    def update_layer(self, adapter_name: str, config: Any) -> None:
+        """Add an adapter with the settings of ``config``."""
+        raise NotImplementedError
+
     # The base's weight
 
     def base_weight(self) -> Tensor:
@@ -110,7 +122,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """To the base's device. Unlike PEFT's, never to its dtype: what is trained stays fp32."""
         where = device or self.get_base_layer().weight.device
         for name in self.adapter_layer_names + self.other_param_names:
-            held = getattr(self, name)
+            held: Any = getattr(self, name)
             if isinstance(held, nn.Module) and adapter_name in held:
                 tensor = held[adapter_name]
                 if tensor.device.type != "meta":

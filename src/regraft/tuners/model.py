@@ -14,16 +14,13 @@ from regraft.errors import BadOption, WrongBase
 from regraft.tuners.config import TunerConfig
 from regraft.tuners.layer import DeltaLayer, Kind, kind_of
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-
 
 def weight_hash(weight: Tensor) -> str:
     """SHA-256 of a weight's dtype, shape and bytes: the same as of that tensor in a safetensors
     file, as the subspace cache counts it."""
-    dtype = _DTYPES.get(weight.dtype, str(weight.dtype))
-    digest = hashlib.sha256(f"{dtype}{list(weight.shape)}".encode())
+    digest = hashlib.sha256(f"{weight.dtype}{list(weight.shape)}".encode())
     plain = weight.detach().cpu().contiguous()
-    digest.update(plain.flatten().view(torch.uint8).numpy())
+    digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -31,7 +28,9 @@ class DeltaModel(BaseTuner):  # type: ignore[misc]
     """A model whose layers are :class:`DeltaLayer`; a subclass names its layer and its kinds."""
 
     tuner_layer_cls: type[DeltaLayer]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: ClassVar[dict[str, list[str]]] = (
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
     #: Which kinds of modules this tuner changes.
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "transposed", "conv")
 

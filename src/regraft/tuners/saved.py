@@ -94,8 +94,9 @@ def put(
             tensor=lost[0].removesuffix(f".{adapter_name}"),
             fix="The file is incomplete; get it again.",
         )
-    if hasattr(model, "_hf_peft_config_loaded"):  # how diffusers and transformers know
-        model._hf_peft_config_loaded = True
+    known: Any = model
+    if hasattr(known, "_hf_peft_config_loaded"):  # how diffusers and transformers know
+        known._hf_peft_config_loaded = True
 
 
 def _settings(file: TensorFile) -> dict[str, Any]:

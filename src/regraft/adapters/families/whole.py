@@ -43,8 +43,8 @@ def build(module: Module) -> Built:
     if "whole_bias" in module.tensors:
         saved = module.tensors["whole_bias"]
         bias = changed_bias(module, lambda _: saved.float())
-        if bias is None:
-            raise ShapeMismatch("The base has no bias here.")
+        if bias is None:  # no such parameter in the base: whoever places it will find that
+            bias = Dense(lambda: saved.float(), tuple(saved.shape), stored=saved.dtype)
         if bias.shape != tuple(saved.shape):
             raise ShapeMismatch(f"A bias {tuple(saved.shape)} is not one of shape {bias.shape}.")
         built["bias"] = bias

@@ -6,6 +6,6 @@ from regraft.tuners.foura.layer import FouRALayer
 from regraft.tuners.foura.model import FouRAModel
 from regraft.tuners.registration import register
 
-register("foura", FouRAConfig, FouRAModel, "foura_")
+register("foura", FouRAConfig, FouRAModel, FouRAModel.prefix)
 
 __all__ = ["FouRAConfig", "FouRALayer", "FouRAModel", "freeze"]

@@ -37,7 +37,8 @@ def transposed_dct(tensor: Tensor, dim: int = -1) -> Tensor:
     weight[0] = 2 / n**0.5  # irfft counts the first coefficient once, the others twice
     spectrum = torch.complex(rows * (weight * angle.cos()), rows * (weight * angle.sin()))
     # Σ_k c_k x_k cos(π(2i + 1)k / 2n) is an inverse real DFT of twice the length.
-    return (torch.fft.irfft(spectrum, n=2 * n)[..., :n] * n).movedim(-1, dim)
+    turned: Tensor = torch.fft.irfft(spectrum, n=2 * n)[..., :n] * n
+    return turned.movedim(-1, dim)
 
 
 def spatial_factors(a: Tensor, b: Tensor, transform: str) -> tuple[Tensor, Tensor]:

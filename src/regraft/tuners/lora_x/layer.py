@@ -17,7 +17,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from regraft.errors import ShapeMismatch
+from regraft.errors import MalformedFile, ShapeMismatch
 from regraft.subspaces.engine import Dimension, decompose
 from regraft.tuners.layer import DeltaLayer
 from regraft.tuners.lora_x.config import LoraXConfig
@@ -109,8 +109,13 @@ class LoraXLayer(DeltaLayer):
 
         Raises
         ------
-        ShapeMismatch
+        MalformedFile, ShapeMismatch
         """
+        if (u is None) != (v is None) or (core is None and u is not None):
+            raise MalformedFile(
+                "A module has only some of its lora_x_U, lora_x_S and lora_x_V.",
+                fix="The file is incomplete; get it again.",
+            )
         if core is None:
             return
         r = core.shape[0]

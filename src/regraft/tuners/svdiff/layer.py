@@ -23,6 +23,9 @@ class SVDiffLayer(DeltaLayer):
     """A linear, convolution, Conv1D, embedding or norm layer with SVDiff adapters."""
 
     adapter_layer_names = ("delta",)
+    svd_u: Tensor | None
+    svd_s: Tensor
+    svd_vh: Tensor
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__(base_layer, adapter_name)
