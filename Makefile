@@ -29,11 +29,14 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/regraft demo
 
+# One process per core and one thread in each: threads inside small sums only wait for each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: setup lint
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

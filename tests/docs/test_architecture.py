@@ -19,6 +19,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "transformers": (
         "demo/",
         "running/",
+        "tuners/",
         "retention/encoders.py",
         "adapters/families/peft_other.py",
     ),

@@ -8,7 +8,9 @@ import re
 
 import pytest
 import torch
+from cogapp import Cog
 
+from regraft.adapters.families import families
 from regraft.dialects import DIALECTS
 from regraft.dialects.metadata import _DROPPED
 from regraft.dialects.names import KOHYA_PREFIXES
@@ -38,6 +40,15 @@ def written(tmp_path):
         dtype="fp16",
     )
     return result, TensorFile(tmp_path / "out.safetensors")
+
+
+def test_the_page_of_families_is_up_to_date(capsys):
+    page = ROOT / "docs" / "families.md"
+    assert Cog().main(["cog", "--check", str(page)]) == 0, (
+        f"run `make docs`\n{capsys.readouterr().out}"
+    )
+    named = re.findall(r"^\| `([\w-]+)` \|", text(page), flags=re.MULTILINE)
+    assert named == [family.name for family in families()]
 
 
 def test_every_dialect_and_prefix_is_described():

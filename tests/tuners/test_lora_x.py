@@ -152,3 +152,56 @@ def test_s_is_saved_in_fp32_and_bases_come_from_the_file(tmp_path):
         layer_of(model, "linear").get_delta_weight("default"),
     )
     assert not layer_of(again, "linear").pending
+
+
+def test_bases_computed_late_are_the_same_in_every_mode(tmp_path):
+    config = LoraXConfig(r=4, store_bases=False, target_modules=MATRICES)
+    model = peft.get_peft_model(Net(), config)
+    fill(model)
+    model.save_pretrained(tmp_path)
+    late = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        late(ids())
+    assert torch.equal(late(ids()), model(ids()))
+    late.set_requires_grad("default")
+    late(ids()).sum().backward()
+
+
+def test_language_models_have_targets_by_default(tmp_path):
+    model = peft.get_peft_model(factories.llama(), LoraXConfig(r=4))
+    names = {n.rpartition(".lora_x_S")[0].rpartition(".")[2] for n, _ in model.named_parameters()}
+    assert names - {""} == {"q_proj", "v_proj"}
+    all_of_them = peft.get_peft_model(
+        factories.llama(), LoraXConfig(r=4, target_modules="all-linear")
+    )
+    assert "mlp.down_proj.lora_x_S" in str([n for n, _ in all_of_them.named_parameters()])
+
+
+def test_transformers_own_integration():
+    model = factories.llama()
+    tokens = torch.tensor([[3, 4, 5]])
+    plain = model(tokens).logits
+    model.add_adapter(LoraXConfig(r=4, target_modules=["q_proj", "down_proj"]), "mine")
+    fill(model, "mine")
+    assert not torch.allclose(model(tokens).logits, plain, atol=1e-3)
+    model.disable_adapters()
+    assert torch.equal(model(tokens).logits, plain)
+
+
+def test_export_to_lora_by_regraft(tmp_path):
+    targets = [factories.UNET_LINEAR, factories.UNET_3X3]
+    factories.save(factories.unet(), tmp_path / "base")
+    model = peft.get_peft_model(factories.unet(), LoraXConfig(r=4, target_modules=targets))
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter")
+    regraft.convert(
+        tmp_path / "adapter",
+        output=tmp_path / "lora.safetensors",
+        base=tmp_path / "base",
+        dialect="diffusers",
+    )
+    again = regraft.load_adapter(tmp_path / "lora.safetensors", tmp_path / "base")
+    assert again.family == "lora"
+    for site, update in again.updates.items():
+        expected = layer_of(model, site.module).get_delta_weight("default").detach()
+        assert torch.allclose(delta(update), expected, atol=1e-5)

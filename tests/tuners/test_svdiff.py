@@ -39,6 +39,28 @@ def test_without_targets_every_weight_is_shifted():
     assert set(svdiff_layers(model)) == set(found)
 
 
+def test_all_leaves_out_shared_weights_and_those_trained_whole():
+    net = Net()
+    net.tied = nn.Linear(12, 16)
+    net.tied.weight = net.linear.weight
+    net.attention = nn.MultiheadAttention(4, 2)
+    model = peft.get_peft_model(net, SVDiffConfig(modules_to_save=["head"]))
+    assert set(svdiff_layers(model)) == {*MATRICES, *OTHERS} - {"linear"}
+    model.add_adapter("second", SVDiffConfig(modules_to_save=["head"]))
+
+
+def test_what_is_computed_late_is_the_same_in_every_mode(tmp_path):
+    model = peft.get_peft_model(Net(), SVDiffConfig())
+    fill(model)
+    model.save_pretrained(tmp_path)
+    late = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        late(ids())
+    assert torch.equal(late(ids()), model(ids()))
+    late.set_requires_grad("default")
+    late(ids()).sum().backward()
+
+
 @pytest.mark.parametrize("name", [*MATRICES, *OTHERS])
 def test_merged_is_u_relu_of_shifted_v(name):
     model = peft.get_peft_model(Net(), SVDiffConfig(target_modules=[name]))

@@ -26,7 +26,7 @@ DIALECTS = {
     "kohya": "`lora_unet_`, `lora_te_`, `lora_te1_` … and the name with `_` for every dot: "
     "diffusers' for SD 1.x and 2.x, the original checkpoint's for SDXL and the transformers",
     "lycoris": "`lycoris_` and the name with `_` for every dot",
-    "musubi other": "`diffusion_model.` and a dotted name guessed back (`--target other`)",
+    "musubi other": "`diffusion_model.` and a dotted name guessed back (convert_lora's other)",
     "onetrainer legacy": "`lora_unet_` or `lora_transformer_`, diffusers' names with `_`",
     "onetrainer kohya": "as kohya, fused layers too",
     "onetrainer diffusers": "`unet.` or `transformer.`, `lora_A` and `lora_B`, alpha folded in",

@@ -39,7 +39,9 @@ class Adapter:
     ----------
     updates : dict of Site to Update
     family : str
-        "lora" or "lora-x".
+        The families of its modules, the most frequent first ("lora", "loha + lora").
+    families : dict of Site to str
+        The family of each update.
     dialect : str
         How the file it came from names its tensors.
     prefixed : bool
@@ -58,6 +60,7 @@ class Adapter:
 
     updates: dict[Site, Update]
     family: str = "lora"
+    families: dict[Site, str] = field(default_factory=dict)
     dialect: str = "peft"
     prefixed: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)

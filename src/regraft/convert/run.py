@@ -20,7 +20,6 @@ from regraft.convert.in_place import write_in_place
 from regraft.convert.stand_in import StandIn, check_dialect, parameters, stand_in
 from regraft.crossing import Progress, silent
 from regraft.dialects import load_adapter, write_adapter
-from regraft.dialects.lookup import resolve
 from regraft.dialects.source import AdapterSource, open_source
 from regraft.dialects.write import holdable
 from regraft.dialects.writers import Form
@@ -121,8 +120,7 @@ def convert(
     in_place = isinstance(watched, StandIn) and dialect == source.dialect and dialect not in _OWN
     lost = {} if in_place else holdable(loaded, watched, dialect, form)
     result.sites_refused |= lost
-    families = _families(source, watched)
-    after = _cut(loaded, rule, form, families, lost, result, progress)
+    after = _cut(loaded, rule, form, lost, result, progress)
     result.dialect = dialect
     stored = DTYPES[dtype] if dtype else _stored(source)
     result.dtype = _NAMES[stored]
@@ -209,19 +207,10 @@ def _stored(source: AdapterSource) -> torch.dtype:
     return most if most in _NAMES else torch.float32
 
 
-def _families(source: AdapterSource, base: Base) -> dict[Site, str]:
-    """Site → the family of the module that changes it."""
-    found = resolve(source.modules, base, str(source.path))
-    return {
-        part.site: source.families[name] for name, parts in found.parts.items() for part in parts
-    }
-
-
 def _cut(
     loaded: Adapter,
     rule: RankRule | None,
     form: str,
-    families: Mapping[Site, str],
     lost: Mapping[str, str],
     result: ConvertResult,
     progress: Progress,
@@ -265,7 +254,7 @@ def _cut(
         )
     for site, update in after.items():
         before, kept = energies[site]
-        own = families.get(site) or families.get(site.with_parameter("weight"), loaded.family)
+        own = loaded.families.get(site, loaded.family)
         result.sites.append(
             ConvertedSite(
                 site=str(site),

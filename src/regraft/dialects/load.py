@@ -107,6 +107,7 @@ def load_adapter(
                 )
             whose[site] = name
             adapter.updates[site] = update
+            adapter.families[site] = source.families[name]
     adapter.sha256 = sha256.result()
     return adapter
 

@@ -17,6 +17,8 @@ _MARKS: tuple[tuple[str, str], ...] = (
     (r"^(emb_params|string_to_param.*|clip_[lg]|t5xxl|<[^<>]+>)$", "textual inversion"),
     (r"\.(lora_xs_\w+|randlora_\w+|vblora_\w+|unilora_\w+|tinylora_\w+)(\.|$)", "shared-matrix"),
     (r"\.(adapter_down|adapter_up|down_sampler|up_sampler)\.", "bottleneck adapter"),
+    (r"\.bottleneck_(down|up|norm)\.", "bottleneck adapter"),
+    (r"\.foura_gate\.", "gated FouRA (freeze its gate: docs/methods/families/foura.md)"),
     (r"\.oft_R\.scaled_oft$", "Scaled OFT (OneTrainer)"),
     (r"\.lora_route\.|\.moe_gate\.|\.lora_diag(\.|$)", "routed or KaSA LoRA"),
 )

@@ -331,7 +331,10 @@ def _family(
 
 
 def _lora_x(families: dict[str, str], file: TensorFile) -> str:
-    if set(families.values()) != {"lora-x"}:
+    found = set(families.values())
+    if found == {"lora-x", "whole"}:  # PEFT's modules_to_save beside it; a LoRA-X file has none
+        return "peft"
+    if found != {"lora-x"}:
         raise MalformedFile(
             "Some modules are of another family and some LoRA-X.",
             file=file.path,

@@ -74,11 +74,7 @@ def write_adapter(
     refused = writer.refused(task)
     held = {s: u for s, u in adapter.updates.items() if s not in refused}
     if not held:
-        reasons = listed(set(refused.values())) or "it changes nothing"
-        raise BadOption(
-            f"A {dialect} file can hold nothing of this adapter: {reasons}.",
-            fix=f"Write it with --dialect {writer.instead}.",
-        )
+        raise _nothing(writer, set(refused.values()))
     task = replace(task, adapter=replace(adapter, updates=held))
     tensors = writer.tensors(task)
     _check_range(tensors, dtype, out)
@@ -104,10 +100,21 @@ def holdable(adapter: Adapter, target: Base, dialect: str, form: Form = "lora") 
     Raises
     ------
     BadOption
-        The dialect is unknown, or is wrong for the whole adapter.
+        The dialect is unknown, or can hold nothing of the adapter.
     """
     writer, task = _task(adapter, target, dialect, form, torch.float32)
-    return {str(site): why for site, why in writer.refused(task).items()}
+    refused = writer.refused(task)
+    if adapter.updates and len(refused) == len(adapter.updates):
+        raise _nothing(writer, set(refused.values()))
+    return {str(site): why for site, why in refused.items()}
+
+
+def _nothing(writer: Writer, reasons: set[str]) -> BadOption:
+    return BadOption(
+        f"A {writer.name} file can hold nothing of this adapter: "
+        f"{listed(reasons) or 'it changes nothing'}.",
+        fix=f"Write it with --dialect {writer.instead}.",
+    )
 
 
 def _task(

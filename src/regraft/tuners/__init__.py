@@ -5,6 +5,8 @@ Importing this makes them known to PEFT: ``get_peft_model``, ``PeftModel.from_pr
 """
 
 from regraft.tuners import registration  # first: it says so if PEFT is missing
+from regraft.tuners.bottleneck import BottleneckConfig, BottleneckModel
+from regraft.tuners.foura import FouRAConfig, FouRAModel
 from regraft.tuners.lora_x import LoraXConfig, LoraXModel
 from regraft.tuners.saved import load_onto
 from regraft.tuners.svdiff import (
@@ -17,6 +19,10 @@ from regraft.tuners.svdiff import (
 register = registration.register
 
 __all__ = [
+    "BottleneckConfig",
+    "BottleneckModel",
+    "FouRAConfig",
+    "FouRAModel",
     "LoraXConfig",
     "LoraXModel",
     "SVDiffConfig",

@@ -9,7 +9,8 @@ is (1, d).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,16 @@ Kind = Literal["linear", "transposed", "conv", "embedding", "vector"]
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """How a module uses its weight, or None if a change of it cannot be hosted."""
+    """How a module uses its weight, or None if a change of it cannot be hosted.
+
+    Not hosted: weights packed by a quantiser, and the output projection of torch's own attention,
+    whose weight is used without the module being run.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, Conv1D):
@@ -33,10 +43,15 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "conv"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 1 and weight.is_floating_point():
-        return "vector"
-    return None
+    return "vector" if weight.ndim == 1 else None
+
+
+@contextmanager
+def exact(tensor: Tensor) -> Iterator[None]:
+    """Compute once and for all, whatever mode the model runs in: autocast, inference."""
+    autocast = torch.autocast(tensor.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -58,6 +73,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     get_base_layer: Callable[[], Any]
     merged: bool
     set_adapter: Callable[..., None]
+    _get_embed_scale: Callable[[], Tensor | None]
     # What a subclass adds to.
     adapter_layer_names: tuple[str, ...]
     other_param_names: tuple[str, ...] = ("scaling",)
@@ -123,7 +139,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         where = device or self.get_base_layer().weight.device
         for name in self.adapter_layer_names + self.other_param_names:
             held: Any = getattr(self, name)
-            if isinstance(held, nn.Module) and adapter_name in held:
+            if not isinstance(held, dict) and adapter_name in held:
                 tensor = held[adapter_name]
                 if tensor.device.type != "meta":
                     held[adapter_name] = tensor.to(where, torch.float32)
@@ -159,7 +175,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         change: Tensor = (left @ right).reshape(self.get_base_layer().weight.shape)
         return change
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base's weight, which is kept until it is unmerged.
 
@@ -180,7 +195,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         after = self._merged | {name: self.scaling[name] for name in names}
         weight, plain = self.get_base_layer().weight, self.base_weight()
-        total = (plain.float() + self._change(after)).to(weight.dtype)
+        with exact(weight):
+            total = (plain.float() + self._change(after)).to(weight.dtype)
         if safe_merge and not torch.isfinite(total).all():
             raise NonFiniteTensor(
                 f"Merging {', '.join(names)} gives a weight that is not finite.",
@@ -190,7 +206,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._merged = after
         self.merged_adapters.extend(names)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base's weight back, bit for bit."""
         if self._unmerged is None:
@@ -219,7 +234,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """What ΔW = left · right adds to the output, without forming ΔW."""
         base: Any = self.get_base_layer()
         if self.kind == "embedding":
-            return functional.embedding(x, left) @ right
+            found = functional.embedding(x, left) @ right
+            scale = self._get_embed_scale()  # some models scale inside the embedding
+            return found if scale is None else found * scale
         x = x.to(left.dtype)
         if self.kind == "linear":
             return functional.linear(functional.linear(x, right), left)

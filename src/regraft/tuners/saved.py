@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,11 @@ def load_onto(
             file=file.path,
             fix="Give the folder that PEFT saved, with its adapter_config.json.",
         )
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[method].from_peft_type(**settings)
+    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    known = {field.name for field in fields(config_cls)}
+    if later := sorted(settings.keys() - known):
+        warnings.warn(f"Settings of a later version are ignored: {', '.join(later)}", stacklevel=2)
+    config = config_cls(**{k: v for k, v in settings.items() if k in known})
     put(model, config, {k: file.read(k) for k in file}, adapter_name, file.path, trainable)
 
 

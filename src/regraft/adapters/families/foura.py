@@ -1,7 +1,8 @@
 """FouRA: LoRA in the frequency domain, with a frozen gate.
 
 Paper: arXiv 2406.08798 (NeurIPS 2024). F is an orthonormal one-dimensional transform of the
-embedding, once of the inputs, its inverse of the outputs; g is the mask of rank directions:
+embedding (the channels of a convolution, at each tap of its kernel), once of the inputs, its
+inverse of the outputs; g is the mask of rank directions:
 
     ΔW = s · F_out⁻¹ B diag(g) A F_in,   s = alpha / r
 
@@ -58,10 +59,13 @@ def build(module: Module) -> Built:
             f"{module.shape}."
         )
     kind = str(module.settings.get("transform", "")).lower()
+    channels = module.shape[1] if module.layout == "conv" else a.shape[1]
+    taps = a.reshape(rank, channels, -1)
     if kind == "dct":
-        left, right = inverse_dct(b.mT).mT, inverse_dct(a)
+        left, right = inverse_dct(b.mT).mT, inverse_dct(taps.mT).mT.flatten(1)
     elif kind == "dft":
-        to, back = torch.fft.fft(a, dim=1, norm="ortho"), torch.fft.ifft(b, dim=0, norm="ortho")
+        to = torch.fft.fft(taps, dim=1, norm="ortho").flatten(1)
+        back = torch.fft.ifft(b, dim=0, norm="ortho")
         left = torch.cat([back.real, -back.imag], dim=1)
         right = torch.cat([to.real, to.imag])
     else:

@@ -58,9 +58,7 @@ class FouRALayer(DeltaLayer):
                 fix="Leave it out with target_modules or exclude_modules.",
             )
         shape = tuple(base.weight.shape)
-        if self.kind == "linear":  # a quantised weight is packed
-            shape = (base.out_features, base.in_features)
-        elif self.kind == "transposed":
+        if self.kind == "transposed":
             shape = shape[::-1]
         self._settings[adapter_name] = copy(config)
         self.foura_A[adapter_name] = nn.Parameter(torch.empty(config.r, *shape[1:]))

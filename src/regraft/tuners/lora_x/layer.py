@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regraft.errors import MalformedFile, ShapeMismatch
 from regraft.subspaces.engine import Dimension, decompose
-from regraft.tuners.layer import DeltaLayer
+from regraft.tuners.layer import DeltaLayer, exact
 from regraft.tuners.lora_x.config import LoraXConfig
 
 
@@ -68,10 +68,11 @@ class LoraXLayer(DeltaLayer):
 
     def _decompose(self, name: str, dimension: Dimension) -> int:
         """Set an adapter's bases from the base's weight; how many directions they have."""
-        found = decompose(self.base_matrix(), dimension)
-        where = self.get_base_layer().weight.device
-        self.lora_x_U[name] = found.ut.mT.contiguous().to(where)
-        self.lora_x_V[name] = found.vt.mT.contiguous().to(where)
+        weight = self.base_weight()
+        with exact(weight):
+            found = decompose(self.base_matrix(), dimension)
+            self.lora_x_U[name] = found.ut.mT.contiguous().to(weight.device)
+            self.lora_x_V[name] = found.vt.mT.contiguous().to(weight.device)
         self.pending.pop(name, None)
         return found.k
 

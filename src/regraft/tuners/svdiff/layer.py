@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from regraft.tuners.layer import DeltaLayer
+from regraft.tuners.layer import DeltaLayer, exact
 from regraft.tuners.svdiff.config import SVDiffConfig
 
 
@@ -49,9 +49,9 @@ class SVDiffLayer(DeltaLayer):
         Again if the model was cast since: bases in half precision are of no use.
         """
         if self.svd_u is None or self.svd_u.dtype != torch.float32:
-            with torch.no_grad():
+            with exact(self.base_weight()):
                 found = torch.linalg.svd(self.base_matrix(), full_matrices=False)
-            self.svd_u, self.svd_s, self.svd_vh = (part.contiguous() for part in found)
+                self.svd_u, self.svd_s, self.svd_vh = (part.contiguous() for part in found)
         return self.svd_u, self.svd_s, self.svd_vh
 
     def factors(self, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -32,22 +33,27 @@ class SVDiffModel(DeltaModel):
         """As PEFT's; no target modules means all that can be changed."""
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
-            config.target_modules = exactly(self._all(model))
+            config.target_modules = exactly(self._all(model, config.modules_to_save or []))
         super().inject_adapter(model, adapter_name, *args, **kw)
 
-    def _all(self, model: nn.Module) -> list[str]:
-        """The names of all modules that have a weight this tuner changes."""
-        found: list[str] = []
-        inside: tuple[str, ...] = ()
+    def _all(self, model: nn.Module, besides: Sequence[str]) -> list[str]:
+        """The names of all modules with a weight of their own that this tuner changes.
+
+        Not those that are trained whole, and not those that share a weight with another: each would
+        change it for itself, and a merge cannot.
+        """
+        found: dict[str, int] = {}
+        inside = tuple(f".{name}." for name in besides)
         for name, module in model.named_modules():
-            if name.startswith(inside):
+            if any(part in f".{name}." for part in inside):
                 continue
             if isinstance(module, BaseTunerLayer):
-                inside += (f"{name}.",)
-                found.append(name)
+                found[name] = id(module.weight)
+                inside += (f".{name}.base_layer.",)
             elif name and kind_of(module) in self.kinds:
-                found.append(name)
-        return found
+                found[name] = id(module.weight)
+        shared = Counter(found.values())
+        return [name for name, weight in found.items() if shared[weight] == 1]
 
     @torch.no_grad()
     def add_weighted_adapter(
