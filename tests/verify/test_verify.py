@@ -232,6 +232,26 @@ def test_parameters_that_this_version_cannot_follow_are_inconclusive(carried, ch
     assert (found.status, says in found.how) == ("inconclusive", True), found.how
 
 
+@pytest.mark.parametrize("operation", ["transfer", "convert"])
+def test_provenance_cannot_name_a_path_to_write_to(carried, tmp_path, operation):
+    out, inputs = carried
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    if operation == "transfer":
+        more = {"report": str(mine), "overwrite": True}
+    else:
+        inputs = {"adapter": save(tmp_path / "in.safetensors", kohya())}
+        out = tmp_path / "converted.safetensors"
+        regraft.convert(inputs["adapter"], output=out)
+        more = {"overwrite": True}
+    story = story_of(out)
+    story["parameters"] |= more
+    rewrite(out, story=story)
+    found = regraft.verify(out, **inputs)
+    assert mine.read_text() == "mine"
+    assert (found.status, "is no parameter" in found.how) == ("inconclusive", True), found.how
+
+
 @pytest.mark.parametrize("which", ["torch", "engine", "regraft"])
 def test_other_versions_compare_tensors_within_a_stated_tolerance(carried, which):
     out, inputs = carried

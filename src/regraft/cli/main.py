@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -56,8 +57,14 @@ app.command("methods")(_methods.methods_command)
 app.command("demo")(_demo.demo_command)
 
 
+#: What optional packages say when they are imported, of kernels that nothing here uses.
+_NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+
+
 def main() -> None:
     """Entry point: no traceback for anything a user can cause."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except RegraftError as error:

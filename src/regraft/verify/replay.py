@@ -30,6 +30,15 @@ from regraft.verify.compare import compare, integrity, sha256_of
 #: Provenance of a later format is not understood.
 FORMAT = 1
 _WEIGHTS = "adapter_model.safetensors"
+#: The parameters that an output records. The file is somebody else's text: no other argument, such
+#: as one that names a path to write to, is taken from it.
+_RECORDED = {
+    "transfer": frozenset(
+        "dimension threshold filter_blocks cross_terms align method rank rank_energy pairing seed "
+        "allow_unknown".split()
+    ),
+    "convert": frozenset({"rank", "form", "allow_unknown"}),
+}
 _FLAGS = {"source": "--from", "target": "--to", "base": "--base", "adapter": "--adapter"}
 
 
@@ -239,10 +248,25 @@ def _library(run: _Replay, device: str) -> SubspaceLibrary:
     return SubspaceLibrary(device=device)
 
 
+def _parameters(run: _Replay) -> dict[str, Any]:
+    """The recorded parameters, the device left out.
+
+    Raises
+    ------
+    TypeError
+        Some are none that an output records.
+    """
+    said = {k: v for k, v in run.story["parameters"].items() if k != "device"}
+    strange = sorted(said.keys() - _RECORDED[run.result.operation])
+    if strange:
+        raise TypeError(f"{strange[0][:40]!r} is no parameter")
+    return said
+
+
 def _transfer(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
-    story, said = run.story, dict(run.story["parameters"])
+    story, said = run.story, _parameters(run)
     said.setdefault("method", story["method"])
-    library = _library(run, str(said.pop("device", "cpu")))
+    library = _library(run, str(story["parameters"].get("device", "cpu")))
     source, target = _base(run, "source"), _base(run, "target")
     try:
         found = transfer(
@@ -279,7 +303,7 @@ def _convert(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
         name=_text(story["adapter"]["name"]),
         library=run.library,
         progress=run.progress,
-        **story["parameters"],
+        **_parameters(run),
     )
     _check_adapter(run, found.adapter)
     if story["base"] is not None:

@@ -56,7 +56,8 @@ def build(module: Module) -> Built:
     if not embedding and qalora.is_pooled(module):
         raise ShapeMismatch(
             f"A of shape {tuple(a.shape)} reads fewer inputs than the weight {module.shape} has.",
-            fix="It is not made for this base, or a QA-LoRA: then name its pooling (qalora_pool).",
+            fix="It is not made for this base; or it is a QA-LoRA, and its adapter_config.json "
+            'must say how it pools: "qalora_pool": "peft", "mean" (the authors\' code) or "sum".',
         )
     if "mid" in tensors:
         a, b = tucker(a, tensors["mid"]), b.flatten(1)

@@ -77,7 +77,7 @@ def build(module: Module) -> Built:
     if pool not in constants:
         raise FamilyNotYet(
             f"QA-LoRA with pooling {pool!r} is not known.",
-            fix="Set qalora_pool to peft, mean (the authors' repository) or sum.",
+            fix="Set qalora_pool in its adapter_config.json: peft, mean (the authors') or sum.",
         )
     wide = a.float().repeat_interleave(length, dim=1)
     scale = module.scale(rank) * constants[pool]
