@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from regraft.adapters import Adapter, LowRank, RankRule, Site, Update, cut, same_matrix
+from regraft.adapters import Adapter, LowRank, RankRule, Site, Spectral, Update, cut, same_matrix
 from regraft.bases import Base
 from regraft.errors import NonFiniteTensor
 from regraft.methods import Method, MethodOptions, Refusal, SiteJob, get_method
@@ -187,15 +187,19 @@ def rank_rule(before: Update, rank: int | str | None, share: float | None) -> Ra
     Parameters
     ----------
     before : Update
-        The input; its rank is the limit when neither rule is given and it is a plain LoRA.
+        The input; its rank is the limit when neither rule is given and it is a plain LoRA. What is
+        not held in two factors keeps every direction if "full", else what "auto" keeps.
     rank : int, "full" or None
     share : float or None
         Share of the site's energy to keep.
     """
     if share is not None:
         return RankRule("energy", share)
+    held = isinstance(before, LowRank | Spectral)
     if rank == "full":
-        return None
+        return None if held else RankRule("exact")
     if rank is not None:
         return RankRule("rank", int(rank))
+    if not held:
+        return RankRule()
     return RankRule("rank", before.rank) if isinstance(before, LowRank) else None

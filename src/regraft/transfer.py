@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -76,9 +77,10 @@ def transfer(
     report : str or Path, optional
         Write a self-contained HTML page there.
     dialect : str, optional
-        "peft", "diffusers", "kohya" or "lora-x"; default the input's own.
+        "peft", "diffusers", "kohya", "comfyui" or "lora-x"; default the input's own.
     rank : int or "full", optional
-        Largest output rank per site. Default: the input's rank; "full" never cuts.
+        Largest output rank per site. Default: a LoRA's own rank; of other families every
+        direction, or 99 % of the energy where that would be larger than ΔW. "full" never cuts.
     rank_energy : float, optional
         Instead of a rank: the share of each site's energy to keep, in (0, 1].
     dimension : int, float or "full"
@@ -302,7 +304,8 @@ def _config_sha256(config: Mapping[str, Any]) -> str | None:
 
 
 def _stored_dtype(loaded: Adapter) -> torch.dtype:
-    dtype = next(iter(loaded.updates.values())).dtype
+    """What most of its updates are stored in."""
+    dtype = Counter(update.dtype for update in loaded.updates.values()).most_common(1)[0][0]
     return dtype if dtype in _DTYPE_NAMES else torch.float32
 
 

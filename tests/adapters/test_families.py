@@ -186,10 +186,11 @@ def test_a_zero_row_stays_zero() -> None:
     base = layer("linear")
     with torch.no_grad():
         base.weight[3] = 0
-    roles = {"down": torch.zeros(2, 16), "up": torch.zeros(24, 2), "magnitude": torch.ones(24)}
-    found = delta(built(module(base, roles))[1]["weight"])
-    assert torch.isfinite(found).all()
-    assert not found[3].any()
+    roles = {"down": torch.zeros(2, 16), "up": torch.zeros(24, 2)}
+    for magnitude in (torch.ones(24), torch.full((24,), 20.0)):
+        found = delta(built(module(base, roles | {"magnitude": magnitude}))[1]["weight"])
+        assert torch.isfinite(found).all()
+        assert not found[3].any()
 
 
 # -- rotations -------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.cli.test_cli import call, transfer_args
 from tests.convert.files import kohya
@@ -63,3 +65,12 @@ def test_a_transfer_that_left_out_unknown_keys_passes(cli, world):
     assert (code, "odd" in json.loads(out)["sites_refused"]) == (0, True)
     bases = ("--from", world / "v1", "--to", world / "v2")
     assert cli("verify", world / "out.safetensors", "--adapter", path, *bases)[0] == 0
+
+
+def test_a_conversion_of_a_pickle(cli, tmp_path):
+    path, out = tmp_path / "a.pt", tmp_path / "o.safetensors"
+    torch.save(load_file(kohya(tmp_path / "a.safetensors")), path)
+    assert cli("convert", path, "-o", out, "-q", "--allow-pickle")[0] == 0
+    assert "--allow-pickle" in cli("verify", out, "--adapter", path)[2]
+    code, said, _ = cli("verify", out, "--adapter", path, "--allow-pickle")
+    assert (code, said.startswith("Passed: byte for byte")) == (0, True)

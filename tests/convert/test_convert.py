@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import regraft
 from regraft import errors
+from regraft.dialects.source import open_source
 from tests.convert.files import CONV, TEXT, Q, best, deltas, kohya, lora, rand, save
 from tests.methods.worlds import SHAPES, make_base, new_library, write_lora
 
@@ -336,10 +337,26 @@ def test_zeros_and_overflow_are_errors_and_write_nothing(tmp_path):
     with pytest.raises(errors.NothingCarried, match="zero"):
         regraft.convert(save(tmp_path / "a.safetensors", t), output=out)
     t = lora(Q, 8, 8, 2, 1.0)
-    t[f"{Q}.lora_up.weight"] *= 1e30
+    t[f"{Q}.lora_up.weight"] *= 1e10
+    path = save(tmp_path / "a.safetensors", t)
     with pytest.raises(errors.OutputFailed, match="bf16"):
-        regraft.convert(save(tmp_path / "a.safetensors", t), output=out, dtype="fp16")
+        regraft.convert(path, output=out, dtype="fp16")
+    t[f"{Q}.lora_up.weight"] *= 1e20
+    with pytest.raises(errors.NonFiniteTensor, match="beyond what fp32"):
+        regraft.convert(save(path, t), output=out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_a_full_difference_of_any_size_is_cut_by_its_share(tmp_path, size):
+    change = rand(400, 4) @ rand(4, 400) + 0.1 * rand(400, 400)
+    path = save(tmp_path / "a.safetensors", {f"{Q}.diff": change * size})
+    plain = save(tmp_path / "b.safetensors", {f"{Q}.diff": change})
+    found, expected = (
+        regraft.convert(p, output=tmp_path / "o.safetensors", rank=4, overwrite=True)
+        for p in (path, plain)
+    )
+    assert found.energy_kept == pytest.approx(expected.energy_kept, rel=1e-4)
 
 
 def test_an_existing_output_is_kept(tmp_path):
@@ -356,3 +373,27 @@ def test_normalisations_and_biases_alone_are_kept(tmp_path):
     regraft.convert(path, output=tmp_path / "o.safetensors", rank=1)
     found = load_file(tmp_path / "o.safetensors")
     assert all(torch.equal(found[key], t[key]) for key in t)
+
+
+def test_at_equal_counts_the_files_alpha_is_that_of_the_first_module_kept(tmp_path):
+    names = [Q.replace("blocks_1", f"blocks_{i}", 1) for i in range(12)]
+    tensors = {}
+    for i, name in enumerate(names):
+        tensors |= lora(name, 16, 16, 4, 12.5 - i)
+    tensors |= lora(TEXT, 16, 16, 8, 20.0)
+    path = save(tmp_path / "a.safetensors", tensors)
+    found = regraft.convert(path, output=tmp_path / "o.safetensors", rank=4)
+    first = next(name for name in open_source(path).modules if name in names)
+    assert found.energy_kept < 1
+    written = load_file(tmp_path / "o.safetensors")
+    assert written[f"{TEXT}.alpha"] == tensors[f"{first}.alpha"]
+
+
+def test_a_change_too_small_for_the_dtype_is_an_error_not_a_file(tmp_path):
+    name = "unet.mid_block.attentions.0.proj_in"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    save(tmp_path / "a.safetensors", {key: value * 1e-9 for key, value in factors.items()})
+    with pytest.raises(errors.OutputFailed, match="change nothing"):
+        regraft.convert(tmp_path / "a.safetensors", output=tmp_path / "b.safetensors", dtype="fp16")
+    assert not (tmp_path / "b.safetensors").exists()
+    regraft.convert(tmp_path / "a.safetensors", output=tmp_path / "b.safetensors", dtype="bf16")

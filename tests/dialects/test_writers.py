@@ -16,7 +16,7 @@ from regraft.adapters.update import matrix_shape
 from regraft.dialects import DIALECTS, holdable, load_adapter
 from regraft.dialects.metadata import model_card
 from regraft.dialects.writers import get_writer, writers
-from regraft.dialects.writers.factors import joined
+from regraft.dialects.writers.factors import folded, joined, with_alpha
 from regraft.errors import BadOption
 from tests.dialects.adapters import assert_close, changed, every_kind, layout_of, only
 from tests.dialects.loaders import PROVENANCE, UNET, random_adapter, sites_of, write
@@ -239,3 +239,19 @@ def test_a_transformer_of_unknown_names_is_not_for_comfyui(tmp_path):
     with pytest.raises(BadOption, match="not known"):
         write(adapter, base, tmp_path / "a.safetensors", "comfyui")
     assert not write(adapter, base, tmp_path / "a.safetensors", "kohya").refused
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_small_scale_in_fp16_costs_no_digits(size, sign):
+    g = torch.Generator().manual_seed(0)
+    a = (0.04 * (2 * torch.rand(32, 64, generator=g) - 1)).half()
+    b = (size * torch.randn(64, 32, generator=g)).half()
+    update = LowRank(b, a, sign / 128, (64, 64))
+    exact = b.double() @ a.double() * sign / 128
+    kept_a, kept_b = folded(update, torch.float16)
+    with_a, with_b = with_alpha(update, 16.0, torch.float16)
+    for found in (kept_b.double() @ kept_a.double(), with_b.double() @ with_a.double() * 0.5):
+        assert (found - exact).norm() < 2e-3 * exact.norm()
+    if size > 1e-4:
+        assert (kept_b.double() @ kept_a.double() - exact).norm() < 2e-4 * exact.norm()

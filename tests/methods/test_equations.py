@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regraft.adapters import Site, delta
+from regraft.adapters import LowRank, Site, Update, cut, delta, matrix_shape
+from regraft.adapters.update import Dense, Kronecker
+from regraft.crossing import rank_rule
 from regraft.methods import MethodOptions, Refusal, get_method
 from regraft.subspaces import Dimension
 from tests.methods.worlds import SHAPES, job, lora, make_base, moved, new_library
@@ -26,22 +28,41 @@ def dense(base, module):
     return u[:, :K] @ u[:, :K].mT, vh[:K].mT @ vh[:K]
 
 
+FORMS = pytest.mark.parametrize("form", ["factors", "kronecker", "full"])
+
+
+def made(form: str, shape: tuple[int, ...]) -> Update:
+    """An update of rank 3, or of full rank in one of two forms."""
+    if form == "factors":
+        return lora(shape, 3, 0)
+    generator = torch.Generator().manual_seed(2)
+    m, n = matrix_shape(shape)
+    if form == "full":
+        whole = torch.randn(shape, generator=generator)
+        return Dense(lambda: whole, shape)
+    left, right = (torch.randn(s, generator=generator) for s in ((4, 4), (m // 4, n // 4)))
+    return Kronecker(left, right, 0.5, shape)
+
+
+@FORMS
 @pytest.mark.parametrize("module", SHAPES)
-def test_lora_x_equation_3(pair, module):
+def test_lora_x_equation_3(pair, module, form):
     source, target, library = pair
-    update = lora(SHAPES[module], 3, 0)
+    update = made(form, SHAPES[module])
     options = MethodOptions(dimension=Dimension(k=K))
     found = get_method("lora-x").carry(job(update, source, target, library, module, options))
     p, r = dense(target, module)
     expected = p @ delta(update).flatten(1).double() @ r
     assert torch.allclose(delta(found).flatten(1).double(), expected, atol=1e-4)
+    assert found.rank <= K
 
 
+@FORMS
 @pytest.mark.parametrize("module", SHAPES)
 @pytest.mark.parametrize("cross_terms", [False, True])
-def test_prolora(pair, module, cross_terms):
+def test_prolora(pair, module, cross_terms, form):
     source, target, library = pair
-    update = lora(SHAPES[module], 3, 0)
+    update = made(form, SHAPES[module])
     options = MethodOptions(dimension=Dimension(k=K), threshold=0.0, cross_terms=cross_terms)
     found = get_method("prolora").carry(job(update, source, target, library, module, options))
     (ps, rs), (pt, rt) = dense(source, module), dense(target, module)
@@ -54,6 +75,26 @@ def test_prolora(pair, module, cross_terms):
         expected = expected + pt @ ps @ w @ (i_n - rs) @ (i_n - rt)
         expected = expected + (i_m - pt) @ (i_m - ps) @ w @ rs @ rt
     assert torch.allclose(delta(found).flatten(1).double(), expected, atol=1e-4)
+    assert found.rank <= min(matrix_shape(SHAPES[module]))
+
+
+@pytest.mark.parametrize("method", ["copy", "lora-x", "prolora"])
+def test_what_is_carried_of_a_full_matrix_is_no_larger_than_it(pair, method):
+    source, target, library = pair
+    module, shape = "layers.0.wide", SHAPES["layers.0.wide"]
+    update = made("full", shape)
+    options = MethodOptions(
+        dimension=Dimension(k=12), threshold=0.0 if method == "prolora" else None
+    )
+    found = get_method(method).carry(job(update, source, target, library, module, options))
+    shorter = cut(found, rank_rule(update, None, None))
+    assert isinstance(shorter, LowRank)
+    numbers = shorter.rank * sum(matrix_shape(shape))
+    m, n = matrix_shape(shape)
+    assert numbers <= m * n or shorter.energy() >= 0.99 * found.energy()
+    assert cut(found, rank_rule(update, "full", None)).energy() == pytest.approx(
+        found.energy(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("module", SHAPES)

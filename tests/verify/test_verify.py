@@ -240,7 +240,7 @@ def test_provenance_cannot_name_a_path_to_write_to(carried, tmp_path, operation)
     if operation == "transfer":
         more = {"report": str(mine), "overwrite": True}
     else:
-        inputs = {"adapter": save(tmp_path / "in.safetensors", kohya())}
+        inputs = {"adapter": kohya(tmp_path / "in.safetensors")}
         out = tmp_path / "converted.safetensors"
         regraft.convert(inputs["adapter"], output=out)
         more = {"overwrite": True}

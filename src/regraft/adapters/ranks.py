@@ -80,9 +80,12 @@ class RankRule:
     def __post_init__(self) -> None:
         problem = _problem(self.kind, self.value)
         if problem:
-            raise BadOption(f"The rank rule {self.kind} {problem}.", fix=_FIX)
+            what = "A rank" if self.kind == "rank" else f"The rank rule {self.kind}"
+            raise BadOption(f"{what} {problem}.", fix=_FIX)
         if self.largest is not None and (self.kind == "rank" or self.largest < 1):
-            raise BadOption(f"{self.largest} cannot be the largest rank of {self.kind}.", fix=_FIX)
+            raise BadOption(
+                f"The largest rank cannot be {self.largest} with the rule {self.kind}.", fix=_FIX
+            )
 
     @classmethod
     def parse(cls, text: str | int | float | RankRule | None) -> RankRule:

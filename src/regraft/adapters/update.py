@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import frexp, prod
 from typing import Literal
 
 import torch
@@ -353,13 +353,23 @@ class Dense(Update):
 
         A Gram matrix in fp32 blurs singular values below about 3e-4 of the largest, together less
         than 1e-4 of the energy; the projection on its eigenvectors is exact all the same.
+
+        Raises
+        ------
+        NonFiniteTensor
+            A singular value is beyond fp32.
         """
         matrix = self.matrix()
+        # Squares of very large or small numbers are beyond fp32; a power of two changes no bit.
+        unit = 2.0 ** (frexp(float(matrix.abs().max()))[1] - 1)
+        matrix = matrix / unit
         u, s, vh = decompose(matrix, noise=(0.5 * torch.finfo(self.stored).eps) ** 2)
         # 16 eps: what fp32 arithmetic itself may leave behind.
         floor = max(self._rounding(matrix), 16 * torch.finfo(torch.float32).eps * float(s[0]))
         count = max(1, int((s > floor).sum()))
-        u, s, vh = u[:, :count], s[:count], vh[:count]
+        u, s, vh = u[:, :count], s[:count] * unit, vh[:count]
+        if not torch.isfinite(s[0]):
+            raise NonFiniteTensor("The change is beyond what fp32 can hold.")
         root = s.sqrt()
         return Spectrum(s, lambda k: (u[:, :k] * root[:k], root[:k, None] * vh[:k]))
 

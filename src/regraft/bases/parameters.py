@@ -56,7 +56,7 @@ def tensors_of(files: Iterable[Path]) -> dict[str, TensorFile]:
                 "This is an adapter, not a base model.",
                 file=file.path,
                 tensor=tensor,
-                fix="--from and --to take the models; the adapter is the first argument.",
+                fix="--from, --to and --base take the models; the adapter is the first argument.",
             )
     return found
 

@@ -108,7 +108,11 @@ def _summary(result: ConvertResult) -> None:
     console.print(table)
     reasons = Counter(result.sites_refused.values())
     for reason, count in reasons.most_common(8):
-        stderr().print(f"refused {count} site(s) or tensor(s): {clean(reason)}", soft_wrap=True)
+        names = [name for name, why in result.sites_refused.items() if why == reason]
+        which = ", ".join(names[:3]) + (" …" if count > 3 else "")
+        stderr().print(
+            f"refused {count} site(s) or tensor(s): {clean(reason)}: {clean(which)}", soft_wrap=True
+        )
     for note in result.notes:
         stderr().print(f"note: {clean(note)}", soft_wrap=True)
 

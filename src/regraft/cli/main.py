@@ -14,6 +14,7 @@ from regraft.cli import demo as _demo
 from regraft.cli import inspect as _inspect
 from regraft.cli import measure as _measure
 from regraft.cli import methods as _methods
+from regraft.cli import train as _train
 from regraft.cli import transfer as _transfer
 from regraft.cli import verify as _verify
 from regraft.cli.screen import fail
@@ -53,6 +54,7 @@ app.command("verify")(_verify.verify_command)
 app.command("inspect")(_inspect.inspect_command)
 app.command("compare")(_compare.compare_command)
 app.command("measure")(_measure.measure_command)
+app.command("train")(_train.train_command)
 app.command("methods")(_methods.methods_command)
 app.command("demo")(_demo.demo_command)
 

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from regraft.cli.screen import clean, number, percent, print_json, progress, stderr, stdout
+from regraft.cli.screen import (
+    AllowPickle,
+    clean,
+    number,
+    percent,
+    pickles,
+    print_json,
+    progress,
+    stderr,
+    stdout,
+)
 from regraft.errors import BadOption
 from regraft.retention.drawn import Drawn, PictureScore, asked_for
 from regraft.retention.measure import STRENGTHS, measure
@@ -73,12 +83,13 @@ def measure_command(
     seed: Annotated[int, typer.Option(help="Of the noise, the random control, the pictures.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing report.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
 ) -> None:
     """Measure an adapter on its target with held-out data: retention R, by every method."""
-    with progress(quiet) as follow:
+    with pickles(allow_pickle), progress(quiet) as follow:
         found = measure(
             adapter,
             source=source,

@@ -49,7 +49,8 @@ def transfer_command(
     method: Annotated[str, typer.Option(help="auto, copy, lora-x or prolora.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
     dialect: Annotated[
-        str | None, typer.Option(help="peft, diffusers, kohya or lora-x. Default: the input's.")
+        str | None,
+        typer.Option(help="peft, diffusers, kohya, comfyui or lora-x. Default: the input's."),
     ] = None,
     rank: Annotated[
         str | None, typer.Option(help="Largest output rank, or full. Default: the input's rank.")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regraft.cli.screen import clean, print_json, progress, stdout
+from regraft.cli.screen import AllowPickle, clean, pickles, print_json, progress, stdout
 from regraft.verify import verify
 
 _CODES = {"passed": 0, "failed": 1, "inconclusive": 3}
@@ -24,11 +24,12 @@ def verify_command(
         str | None, typer.Option("--to", help="The target base of a transfer.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base of a conversion.")] = None,
+    allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
 ) -> None:
     """Replay what a file's provenance says, and compare: passed, failed or inconclusive."""
-    with progress(quiet) as follow:
+    with pickles(allow_pickle), progress(quiet) as follow:
         result = verify(
             out, adapter=adapter, source=source, target=target, base=base, progress=follow
         )

@@ -13,11 +13,10 @@ from regraft.adapters import Adapter, LowRank, Site, Spectral, Update, delta
 from regraft.convert.stand_in import StandIn
 from regraft.dialects.metadata import file_metadata
 from regraft.dialects.source import AdapterSource
+from regraft.dialects.write import check_range
 from regraft.dialects.writers.factors import alpha_of, file_alpha, folded, with_alpha
 from regraft.dialects.writers.registry import Form, Task
-from regraft.errors import OutputFailed
 from regraft.files import atomic_file, serialize
-from regraft.files.finite import is_finite
 
 #: Modules with these roles only are copied as they are when their update was not changed.
 _PLAIN = {"down", "up", "alpha", "embedding_a", "embedding_b", "diff", "diff_b", "w_norm", "b_norm"}
@@ -63,14 +62,7 @@ def write_in_place(
     OutputExists, OutputFailed
     """
     tensors = _tensors(source, base, before, adapter.updates, dtype, form)
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise OutputFailed(
-                f"A factor does not fit {str(dtype).removeprefix('torch.')}.",
-                file=out,
-                tensor=name,
-                fix="Write it with --dtype bf16 or fp32.",
-            )
+    check_range(tensors, dtype, out)
     task = Task(adapter, base, dtype, form)
     metadata = file_metadata(task, source.dialect, tensors, provenance)
     metadata.pop("ss_sd_model_name", None)
@@ -94,18 +86,18 @@ def _tensors(
     modules: dict[str, list[Site]] = {name: [] for name in source.modules}
     for site in after:
         modules[base.names[_module(site, base)]].append(site)
-    changed = [
-        name
+    changed = {
+        name: form != "lora" or not _untouched(source, name, sites, before, after)
         for name, sites in modules.items()
-        if form != "lora" or not _untouched(source, name, sites, before, after)
-    ]
-    made = [after[s] for name in changed for s in modules[name]]
-    kept = [after[s] for name in modules.keys() - set(changed) for s in modules[name]]
-    low = [u for u in (*kept, *made) if isinstance(u, LowRank)]
+    }
+    # Copied modules first: at equal counts the file's alpha is one that trainers chose.
+    ordered = sorted(modules, key=lambda name: changed[name])
+    updates = [after[site] for name in ordered for site in modules[name]]
+    low = [u for u in updates if isinstance(u, LowRank)]
     alpha = file_alpha(low, [u.rank for u in low])
     tensors: dict[str, Tensor] = {}
     for name, sites in modules.items():
-        if name in changed:
+        if changed[name]:
             for site in sites:
                 tensors |= _written(source, name, site, after[site], dtype, form, alpha)
         elif sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regraft.adapters import Adapter, LowRank, RankRule, Site, Spectral, Update, cut
+from regraft.adapters.families import get_family
 from regraft.adapters.update import Dense
 from regraft.bases import Base, open_base
 from regraft.convert.in_place import write_in_place
@@ -23,7 +25,7 @@ from regraft.dialects import load_adapter, write_adapter
 from regraft.dialects.source import AdapterSource, open_source
 from regraft.dialects.write import holdable
 from regraft.dialects.writers import Form
-from regraft.errors import BadOption, MalformedFile, NothingCarried
+from regraft.errors import BadOption, MalformedFile, NonFiniteTensor, NothingCarried
 from regraft.files import Located, locate
 from regraft.files.atomic import check_free
 from regraft.parallel import in_order, single_threaded
@@ -121,6 +123,8 @@ def convert(
     lost = {} if in_place else holdable(loaded, watched, dialect, form)
     result.sites_refused |= lost
     after = _cut(loaded, rule, form, lost, result, progress)
+    if isinstance(watched, _Watched):
+        result.notes += _other_name(loaded, watched)
     result.dialect = dialect
     stored = DTYPES[dtype] if dtype else _stored(source)
     result.dtype = _NAMES[stored]
@@ -152,6 +156,7 @@ def convert(
                 provenance=_provenance(result),
                 overwrite=overwrite,
                 form=form,
+                same_base=True,
             ).sha256
         result.output = str(output)
         file = out / "adapter_model.safetensors" if out.is_dir() else out
@@ -195,6 +200,18 @@ def _watched(base: str | Path | Base) -> _Watched:
     return found
 
 
+def _other_name(loaded: Adapter, base: Base) -> list[str]:
+    """A note where ΔW depends on the base and the adapter calls its base something else."""
+    said = str(loaded.config.get("base_model_name_or_path") or "")
+    needing = sorted({f for f in loaded.families.values() if get_family(f).needs_base})
+    if not needing or said.rstrip("/").rpartition("/")[2] in ("", base.name.rpartition("/")[2]):
+        return []
+    return [
+        f"ΔW of {', '.join(needing)} was computed from {base.name}; the adapter says that it was "
+        f"made for {said}. On another base it would be wrong."
+    ]
+
+
 def _stored(source: AdapterSource) -> torch.dtype:
     """The dtype of most of the file's numbers."""
     sizes: dict[torch.dtype, int] = defaultdict(int)
@@ -231,6 +248,12 @@ def _cut(
         else:
             held = update
         before = held.energy()
+        if not math.isfinite(before):
+            raise NonFiniteTensor(
+                f"The change at {site} is beyond what fp32 can hold.",
+                file=result.adapter["ref"],
+                fix="The file is damaged or its training diverged; use an earlier checkpoint.",
+            )
         if str(site) in lost:
             return None, before, 0.0
         if form == "diff" and rule is None:

@@ -71,7 +71,7 @@ class Scales:
                     f"Its metadata say alpha {said} with rank {dim}, but it has no alpha tensors: "
                     "every reader takes strength 1."
                 )
-        elif self.origin == "tensors" and f"{told:g}" not in self.alphas:
+        elif self.origin == "tensors" and ranked and f"{told:g}" not in self.alphas:
             found.append(f"Its metadata say alpha {said}; its tensors say otherwise.")
         return found
 
@@ -115,6 +115,8 @@ def _scale(
     found: Scales,
 ) -> tuple[str, float | None]:
     """(alpha as text, alpha / rank) of one module."""
+    if alpha is not None and source.families[name] in ("oft", "boft"):
+        return f"{alpha[0]:g} (a constraint)" if len(alpha) == 1 else "not a number", None
     if alpha is not None:
         if len(alpha) != 1:
             found.odd.append(f"The alpha of {name[:80]} is not a single number.")

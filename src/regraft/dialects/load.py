@@ -217,7 +217,7 @@ def _by_family(
     family = get_family(source.families[name])
     own = {r: t for r, t in read.items() if BESIDE.get(r, family.name) == family.name}
     found = [(family, own)]
-    for other in {BESIDE[r] for r in read.keys() - own.keys()}:
+    for other in sorted({BESIDE[r] for r in read.keys() - own.keys()}):
         found.append((get_family(other), {r: read[r] for r in read if BESIDE.get(r) == other}))
     return found
 

@@ -302,6 +302,6 @@ def _all_found(missing: Iterable[str], base: Base, file: str) -> None:
         raise SitesNotInBase(
             f"{len(lost)} module(s) of the adapter are not in the base {base.ref}: {listed}.",
             file=file,
-            fix="Check that --from names the base this adapter was trained on "
+            fix="Check that the base given is the one this adapter was trained on "
             "(`regraft inspect` shows what the file says of itself).",
         )

@@ -1,16 +1,8 @@
-"""Dialects by name, and the prefixes by which their files say which component is meant."""
+"""The prefixes by which files say which component is meant."""
 
 from __future__ import annotations
 
 import re
-
-#: The dialects this version writes, with what reads them.
-DIALECTS: dict[str, str] = {
-    "peft": "PEFT folder (adapter_config.json + adapter_model.safetensors)",
-    "diffusers": "single .safetensors with diffusers names (diffusers; ComfyUI for transformers)",
-    "kohya": "single .safetensors as kohya sd-scripts writes it (A1111, Forge, ComfyUI)",
-    "lora-x": "single .safetensors in LoRA-X form, U ΔΣ Vᵀ (docs/formats.md)",
-}
 
 #: What a LoRA-X file says of itself in its metadata, under ``regraft.format``.
 LORA_X_FORMAT = "lora-x/1"

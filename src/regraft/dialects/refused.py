@@ -31,7 +31,11 @@ _ALIKE = ("LORA_X", "SVDIFF", "FOURA", "LN_TUNING")
 #: not the one it was trained on.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_LATER = "docs/formats.md lists the families that this version reads."
+_LATER = "docs/families.md lists the families that this version reads."
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1].upper() in "AEIO" else f"a {name}"
 
 
 def refuse_other_family(keys: Iterable[str], path: Path) -> None:
@@ -40,7 +44,7 @@ def refuse_other_family(keys: Iterable[str], path: Path) -> None:
         for pattern, family in _COMPILED:
             if pattern.search(key):
                 raise FamilyNotYet(
-                    f"This is a {family} adapter, which is not read yet.",
+                    f"This is {_a(family)} adapter, which is not read yet.",
                     file=path,
                     tensor=key,
                     fix=_LATER,
@@ -64,7 +68,7 @@ def refuse_other_config(config: dict[str, Any], path: Path) -> None:
     family = family or next((f for k, f in reasons.items() if config.get(k)), "")
     if family:
         raise FamilyNotYet(
-            f"This is a {family} adapter, which is not read yet.", file=path, fix=_LATER
+            f"This is {_a(family)} adapter, which is not read yet.", file=path, fix=_LATER
         )
 
 
@@ -79,7 +83,7 @@ def refuse_unchosen(family: Family, config: dict[str, Any], path: Path) -> None:
     asked = "QA-LoRA" if config.get("use_qalora") else asked
     if asked and family.chosen is None and family.name == "lora":
         raise FamilyNotYet(
-            f"This is a {asked} adapter, which is not read yet.", file=path, fix=_LATER
+            f"This is {_a(asked)} adapter, which is not read yet.", file=path, fix=_LATER
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from regraft.errors import BadOption, OutputFailed
 from regraft.files import atomic_file, atomic_folder, serialize
 from regraft.files.finite import is_finite
 
+#: The second factor of a pair, or a change as a whole.
+_SECOND = re.compile(r"\.(lora_up|lora_B|lora_embedding_B|lora_x_U|diff|diff_b|w_norm|b_norm)\b")
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -44,6 +47,7 @@ def write_adapter(
     provenance: Mapping[str, Any],
     overwrite: bool = False,
     form: Form = "lora",
+    same_base: bool = False,
 ) -> Written:
     """Write ``adapter`` (already on the target's sites) atomically, the same bytes every time.
 
@@ -63,6 +67,8 @@ def write_adapter(
         How the adapter was made; stored as one JSON value under ``regraft``.
     form : "lora" or "diff"
         Changes of weights as two factors, or whole (kohya and comfyui).
+    same_base : bool
+        The target is the base that the input was made for: what the input calls it is kept.
 
     Raises
     ------
@@ -71,13 +77,14 @@ def write_adapter(
     OutputExists, OutputFailed
     """
     writer, task = _task(adapter, target, dialect, form, dtype)
+    task = replace(task, same_base=same_base)
     refused = writer.refused(task)
     held = {s: u for s, u in adapter.updates.items() if s not in refused}
     if not held:
         raise _nothing(writer, set(refused.values()))
     task = replace(task, adapter=replace(adapter, updates=held))
     tensors = writer.tensors(task)
-    _check_range(tensors, dtype, out)
+    check_range(tensors, dtype, out)
     metadata = file_metadata(task, dialect, tensors, provenance)
     said = {str(site): why for site, why in refused.items()}
     if writer.folder:
@@ -130,7 +137,8 @@ def _task(
     return writer, Task(adapter, target, dtype, form)
 
 
-def _check_range(tensors: Tensors, dtype: torch.dtype, out: Path) -> None:
+def check_range(tensors: Tensors, dtype: torch.dtype, out: Path) -> None:
+    """Raise :class:`OutputFailed` where the dtype is too small for a factor, or for all of them."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise OutputFailed(
@@ -139,3 +147,12 @@ def _check_range(tensors: Tensors, dtype: torch.dtype, out: Path) -> None:
                 tensor=name,
                 fix="Write it with --dtype bf16 or fp32.",
             )
+    # One factor of every pair is enough to make the file do nothing.
+    last = [t for name, t in tensors.items() if _SECOND.search(name)]
+    if last and not any(t.any() for t in last):
+        raise OutputFailed(
+            f"Every change is too small for {str(dtype).removeprefix('torch.')}: the file would "
+            "change nothing.",
+            file=out,
+            fix="Write it with --dtype bf16 or fp32.",
+        )

@@ -22,6 +22,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from regraft.adapters import LowRank, Spectral, Update, balance, same_matrix
+from regraft.adapters.decompose import svd
+from regraft.adapters.update import Layout
 from regraft.methods.copy import carry as copy
 from regraft.methods.registry import Refusal, SiteJob, below_threshold, method, shapes_differ
 
@@ -64,10 +66,14 @@ def as_low_rank(job: SiteJob, left: Tensor, right: Tensor, *, balanced: bool = F
     """left @ right as an update of the target's weight, in the input's layout."""
     if not balanced:
         left, right = balance(left, right)
-    layout = job.update.layout
-    if layout in ("linear", "conv"):
-        layout = "conv" if len(job.target_shape) > 2 else "linear"
-    return LowRank(left, right, 1.0, job.target_shape, layout)
+    return LowRank(left, right, 1.0, job.target_shape, layout_of(job))
+
+
+def layout_of(job: SiteJob) -> Layout:
+    """The input's layout on the target's weight: linear and 1×1 convolution may change places."""
+    if job.update.layout in ("linear", "conv"):
+        return "conv" if len(job.target_shape) > 2 else "linear"
+    return job.update.layout
 
 
 def _rank_order(job: SiteJob) -> Update | Refusal:
@@ -87,5 +93,8 @@ def _from_coefficients(
     """
     left, right = job.update.factors()
     c_left, c_right = u_read @ left, right @ v_read.mT
+    if c_left.shape[1] > min(len(u_read), len(v_read)):  # no rank above the subspaces' own
+        u, size, vh = svd(c_left @ c_right)
+        c_left, c_right = u * size, vh
     c_left, c_right = balance(c_left, c_right)
     return as_low_rank(job, u_write.mT @ c_left, c_right @ v_write, balanced=True)

@@ -21,9 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regraft.adapters import Update, same_matrix
+from regraft.adapters import Update, delta, matrix_shape, same_matrix
+from regraft.adapters.update import Dense
 from regraft.methods.copy import carry as copy
-from regraft.methods.lora_x import as_low_rank
+from regraft.methods.lora_x import as_low_rank, layout_of
 from regraft.methods.registry import (
     MethodOptions,
     Refusal,
@@ -32,6 +33,7 @@ from regraft.methods.registry import (
     method,
     shapes_differ,
 )
+from regraft.subspaces import Subspace
 
 #: From notes on the paper; whether it is meant for Φ or for the effective rank is unclear.
 THRESHOLD = 0.8
@@ -71,7 +73,8 @@ def _split(source: Tensor, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     uses=("threshold", "cross_terms"),
 )
 def carry(job: SiteJob) -> Update | Refusal:
-    """The two parts side by side (rank 2r), or with cross terms one product of rank r."""
+    """The two parts side by side (rank 2r), with cross terms one product of rank r; in full where
+    that is no less."""
     if not same_matrix(job.source_shape, job.target_shape):
         return Refusal(shapes_differ(job))
     if job.options.dimension.full:
@@ -81,6 +84,8 @@ def carry(job: SiteJob) -> Update | Refusal:
         return low
     source = job.library.subspace(job.source, job.source_site, job.options.dimension)
     target = job.library.subspace(job.target, job.target_site, job.options.dimension)
+    if job.update.rank > min(matrix_shape(job.target_shape)) // 2:
+        return _in_full(job, source, target)
     left, right = job.update.factors()
     left_in, left_out = _split(source.ut, target.ut, left)
     right_in, right_out = _split(source.vt, target.vt, right.mT)
@@ -91,3 +96,16 @@ def carry(job: SiteJob) -> Update | Refusal:
         torch.cat([left_in, left_out], dim=1),
         torch.cat([right_in, right_out], dim=1).mT,
     )
+
+
+def _in_full(job: SiteJob, source: Subspace, target: Subspace) -> Dense:
+    """The same on ΔW itself: with 2r above the weight's smaller side, factors would outgrow it."""
+    change = delta(job.update).reshape(matrix_shape(job.target_shape))
+    inside, outside = _split(source.ut, target.ut, change)
+    if job.options.cross_terms:
+        one, other = _split(source.vt, target.vt, (inside + outside).mT)
+    else:
+        one = _split(source.vt, target.vt, inside.mT)[0]
+        other = _split(source.vt, target.vt, outside.mT)[1]
+    made = (one + other).mT.reshape(job.target_shape)
+    return Dense(lambda: made, job.target_shape, layout_of(job), stored=job.update.dtype)

@@ -196,9 +196,16 @@ def judge(
         return "don't", best.name, why
     why = _why(ways, best, losses, said, figure)
     doubt = []
-    if best.gain_error is None or best.gain < 2 * best.gain_error:
+    unsure = best.gain_error is None or best.gain < 2 * best.gain_error
+    if unsure:
         doubt.append("The gain is within twice its standard error: measure on more items.")
     if best.figure <= max(random.figures):
+        if unsure:
+            why = (
+                f"The best way gives {said}: within its error, and no better than random updates "
+                "of the same size. Measure on more items to be sure."
+            )
+            return "don't", best.name, why
         doubt.append("Random updates of the same size do as well, so this is not the adapter.")
     if not best.curve.right_at_one:
         doubt.append(f"It is better at strength {best.curve.best:g} than at 1.0.")

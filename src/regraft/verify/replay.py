@@ -21,6 +21,7 @@ from regraft.crossing import Progress, silent
 from regraft.errors import InputNotFound, RegraftError
 from regraft.files import Located, TensorFile, locate
 from regraft.files.hub import from_hub
+from regraft.files.pickle_gate import original
 from regraft.files.select import weight_files
 from regraft.result import Check, VerifyResult
 from regraft.subspaces import SubspaceLibrary
@@ -34,8 +35,8 @@ _WEIGHTS = "adapter_model.safetensors"
 #: as one that names a path to write to, is taken from it.
 _RECORDED = {
     "transfer": frozenset(
-        "dimension threshold filter_blocks cross_terms align method rank rank_energy pairing seed "
-        "allow_unknown".split()
+        {"dimension", "threshold", "filter_blocks", "cross_terms", "align", "method", "rank"}
+        | {"rank_energy", "pairing", "seed", "allow_unknown"}
     ),
     "convert": frozenset({"rank", "form", "allow_unknown"}),
 }
@@ -202,7 +203,7 @@ def _adapter(run: _Replay) -> Located:
     """The adapter, as if from where it was recorded to come."""
     path = run.adapter or _from_hub(run, "adapter")
     said = run.story["adapter"]["sha256"]
-    weights = _weights(path)
+    weights = original(_weights(path))  # hashed as what the user has, not as its copy
     if sha256_of(weights) != said:
         raise run.stop(
             "adapter", f"{weights.name} is not the adapter that was used (sha256 {said})"

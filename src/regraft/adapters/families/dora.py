@@ -89,7 +89,7 @@ def _change(module: Module, inner: Update, g: Tensor, per_output: bool) -> Tenso
     axis = 0 if per_output else 1
     others = [i for i in range(direction.ndim) if i != axis]
     norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
-    factor = g.reshape(norm.shape) / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    factor = torch.where(norm > 0, g.reshape(norm.shape) / norm, 0.0)
     return out_first(direction * factor - weight, inner.layout)
 
 

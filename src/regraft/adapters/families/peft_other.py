@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,8 @@ _MODEL_WIDE = {
     "target_parameters", "task_type", "trainable_token_indices",
 }  # fmt: skip
 _ADAPTER = "hosted"
+#: Sites are worked on in threads; what warnings are shown is one setting for all of them.
+_ONE_AT_A_TIME = Lock()
 
 
 def host(module: Module, kind: str, tensors: Mapping[str, Tensor]) -> Built:
@@ -159,7 +162,7 @@ def _merged(module: Module, kind: str, held: Mapping[str, Tensor]) -> dict[str, 
         inner = inner.get_submodule(part)
     inner.add_module(path[-1], layer)
     config = _config(peft, kind, module.settings, ".".join(path))
-    with warnings.catch_warnings():
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about one-layer models, and names of our own
         model = peft.get_peft_model(root, config, adapter_name=_ADAPTER)
         prefix = f"base_model.model.{'.'.join(path)}"

@@ -21,6 +21,7 @@ from regraft.dialects.writers.factors import (
     is_table,
     pair,
     plain,
+    scaled,
 )
 from regraft.dialects.writers.registry import Refused, Task, Tensors
 
@@ -63,9 +64,8 @@ class Layer:
         factors = self.factors()
         a, b = pair(factors, table=self.is_table)
         key_a, key_b = self.keys(name)
-        if fold and factors.scale != 1:
-            b = b.float() * factors.scale
-        held = {key_a: a.to(dtype), key_b: b.to(dtype)}
+        a, b = scaled(a, b, factors.scale if fold else 1.0, dtype)
+        held = {key_a: a, key_b: b}
         if self.biased:
             by = 1.0 if fold else factors.scale
             held[f"{name}.lora_B.bias"] = (self.change_of_bias() / (by or 1.0)).to(dtype)

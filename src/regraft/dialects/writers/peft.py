@@ -53,6 +53,14 @@ def tensors(task: Task) -> Tensors:
     return {key: tensor for part in made for key, tensor in part.items()}
 
 
+def _base_of(task: Task) -> dict[str, Any]:
+    """The base's name, by which PEFT loads it: the input's own word where the base is the same."""
+    said = task.adapter.config.get("base_model_name_or_path")
+    if task.same_base and said and not task.target.repo:
+        return {"base_model_name_or_path": said, "revision": task.adapter.config.get("revision")}
+    return {"base_model_name_or_path": task.target.name, "revision": task.target.revision}
+
+
 def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
@@ -83,7 +91,8 @@ def config(task: Task, held: Mapping[str, Tensor]) -> dict[str, Any]:
     ]
     # PEFT takes a name in the list for the end of any module's name; where that would catch more
     # than is meant, a regular expression says it exactly.
-    exact = not any(o.endswith(f".{m}") for m in found for o in others)
+    ends = tuple(f".{module}" for module in found)
+    exact = not any(other.endswith(ends) for other in others)
     modules = sorted(found) if exact else "|".join(re.escape(m) for m in sorted(found))
     adapter = task.adapter
     kept = {k: adapter.config[k] for k in _KEPT if adapter.config.get(k) is not None}
@@ -92,8 +101,7 @@ def config(task: Task, held: Mapping[str, Tensor]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         **kept,
         "peft_type": "LORA",
-        "base_model_name_or_path": task.target.name,
-        "revision": task.target.revision,
+        **_base_of(task),
         "r": rank,
         "lora_alpha": _number(alpha),
         "rank_pattern": {_key(m, found): r for m, (r, _) in found.items() if r != rank},

@@ -27,13 +27,15 @@ Form = Literal["lora", "diff"]
 class Task:
     """One adapter to be written, already on the target's sites.
 
-    ``dtype`` is that of the stored factors.
+    ``dtype`` is that of the stored factors; ``same_base`` says that the target is the base that
+    the input was made for.
     """
 
     adapter: Adapter
     target: Base
     dtype: torch.dtype = torch.float32
     form: Form = "lora"
+    same_base: bool = False
 
     @property
     def components(self) -> tuple[str, ...]:
