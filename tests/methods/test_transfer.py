@@ -269,3 +269,21 @@ def test_a_pruned_target_is_carried_by_similarity(tmp_path):
         "blocks.1.q": "blocks.3.q",
     }
     assert set(result.sites_refused) == {"blocks.1.q", "blocks.2.q"}
+
+
+def test_a_quantised_target_is_named_with_its_cost(world, tmp_path):
+    tensors = {}
+    for name, weight in load_file(world / "v2" / "model.safetensors").items():
+        scale = weight.abs().max() / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[name.replace(".weight", ".scale_weight")] = scale.float()
+    save_file({**tensors, "scaled_fp8": torch.zeros(2)}, tmp_path / "fp8.safetensors")
+    result = run(world, target=tmp_path / "fp8.safetensors", method="lora-x", dimension=8)
+    assert result.target["quantised"] == {"scaled fp8": len(SHAPES)}
+    assert any("scaled fp8" in note and "16-bit" in note for note in result.notes)
+    plain = run(world, method="lora-x", dimension=8)
+    assert plain.target["quantised"] == {}
+    assert not any("quantised" in note for note in plain.notes)
+    assert result.energy_kept == pytest.approx(plain.energy_kept, abs=0.05)
+    found = regraft.compare(world / "v1", tmp_path / "fp8.safetensors", subspaces=False)
+    assert any("scaled fp8" in note for note in found.notes)
