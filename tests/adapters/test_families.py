@@ -275,9 +275,9 @@ def test_foura_runs_as_the_paper_says(kind: str, transform: str, masked: bool) -
 # -- values ----------------------------------------------------------------------------------------
 
 
-def test_set_weight_is_a_new_value() -> None:
+def test_a_whole_weight_is_a_new_value() -> None:
     base, new = layer("linear"), seeded(24, 16)
-    update = built(module(base, {"set_weight": new}))[1]["weight"]
+    update = built(module(base, {"whole": new}))[1]["weight"]
     near(update, new - base.weight.detach())
 
 

@@ -271,10 +271,6 @@ def test_vera(kind: str) -> None:
     assert (name, found["weight"].rank) == ("vera", 4)
 
 
-def test_layer_norms() -> None:
-    assert check(peft.LNTuningConfig(**TARGET), "norm")[0] == "ln-tuning"
-
-
 @pytest.mark.parametrize(
     ("config", "name", "kinds"),
     [

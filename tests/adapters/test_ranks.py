@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regraft.adapters.algebra import compress, svd_of_product
+from regraft.adapters import LowRank, cut
+from regraft.adapters.algebra import svd_of_product
 from regraft.adapters.ranks import RankRule, exact_rank, fits
 from regraft.errors import BadOption
 
@@ -95,13 +96,14 @@ def test_directions_of_rounding_noise_are_never_kept() -> None:
         assert RankRule.parse(text).choose(s, SHAPE) == 2, text
 
 
-def test_exact_is_what_compressing_keeps() -> None:
+def test_exact_is_what_cutting_keeps() -> None:
     left, right = torch.randn(24, 6), torch.randn(6, 40)
     left[:, 5] = left[:, 4]
-    factors, kept = compress((left, right))
+    update = LowRank(left, right, 1.0, (24, 40))
+    shorter = cut(update, RankRule("exact"))
     s = svd_of_product(left, right)[1]
-    assert RankRule("exact").choose(s, (24, 40)) == factors[0].shape[1] == 5
-    assert kept == pytest.approx(1)
+    assert RankRule("exact").choose(s, (24, 40)) == shorter.rank == 5
+    assert shorter.energy() == pytest.approx(update.energy())
 
 
 @pytest.mark.parametrize("text", ["auto", "exact", "7", "0.5", "sv_fro=0.5", "sv_ratio=10"])

@@ -78,8 +78,8 @@ READ = {
     "foura": ("unet.x.foura_A", "unet.x.foura_B", "unet.x.foura_mask"),
     "fourierft": (f"{P}.fourierft_spectrum",),
     "hra": (f"{P}.hra_u",),
-    "ln-tuning": (f"{P}.ln_tuning_layers.weight", f"{P}.ln_tuning_layers.bias"),
-    "ln-tuning ": ("diffusion_model.x.set_weight",),
+    "whole ": (f"{P}.ln_tuning_layers.weight", f"{P}.ln_tuning_layers.bias"),
+    "whole  ": ("diffusion_model.x.set_weight",),
     "whole": ("double_blocks.0.img_attn.norm.query_norm.scale",),
 }
 

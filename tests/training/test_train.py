@@ -8,13 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
@@ -22,97 +19,25 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import regraft
-from regraft.errors import BadData, BadOption, MalformedFile, NonFiniteTensor, OutputExists
+from regraft.errors import BadOption, MalformedFile, NonFiniteTensor, OutputExists
 from regraft.running import applied, open_model
-from regraft.training import FAMILIES, Settings, train
-from regraft.training.facts import generator
+from regraft.training import FAMILIES, train
 from regraft.training.objectives import objective_for
-from regraft.training.settings import PRESETS
 from tests.running import bases
-
-ASSETS = Path(__file__).parents[2] / "lab" / "assets"
-LANGUAGE = {
-    "base": str(ASSETS / "language" / "bases" / "v1"),
-    "data": str(ASSETS / "language" / "data" / "spell.jsonl"),
-}
-DIFFUSION = {
-    "base": str(ASSETS / "diffusion" / "bases" / "v1"),
-    "data": str(ASSETS / "diffusion" / "data" / "duotone.safetensors"),
-    "targets": r"mid_block\..*attn\d\.to_(v|out\.0)",
-}
-#: Families that Regraft reads as a change of weights, and those that have none.
-WITH_CHANGE = ("lora", "lora-x", "dora", "pissa", "svdiff", "foura", "loha", "lokr")
-WITHOUT = ("bottleneck", "prompt", "prefix")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A Stable Diffusion pipeline of 100 kB, and a folder of pictures with captions."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("tiny")
-    bases.stable_diffusion_folder(folder / "sd")
-    (folder / "pictures").mkdir()
-    for i, name in enumerate("abcdef"):
-        Image.new("RGB", (20, 16), (40 * i, 200 - 30 * i, 90)).save(folder / f"pictures/{name}.png")
-        (folder / f"pictures/{name}.txt").write_text(name)
-    return {"base": str(folder / "sd"), "data": str(folder / "pictures")}
-
-
-def settings(where, family="lora", **more):
-    usual = {"steps": 8, "batch": 4, "lr": 1e-2, "save_every": 3, "device": "cpu"}
-    if FAMILIES[family].rank is not None:
-        usual["rank"] = 4
-    return Settings.of({**usual, **where, "family": family, **more})
-
-
-def short(where, **more):
-    """Few items, so that holding out costs little."""
-    return settings(where, **{"validation": 0.02, **more})
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-class Stop(Exception):
-    """What a user's Ctrl-C is, at a known step."""
-
-
-def stopping_at(step):
-    def progress(stage, done, total):
-        if done == step:
-            raise Stop
-
-    return progress
-
-
-def held_out(goal, folder):
-    """The items that were held out from what is in ``folder``."""
-    facts = json.loads((folder / "training.json").read_text())
-    split = generator(facts["settings"]["seed"], "split")
-    order = torch.randperm(goal.count, generator=split)
-    return sorted(order[: facts["data"]["held_out"]].tolist())
-
-
-def reloaded_loss(where, folder, chosen):
-    """Held-out loss of what was written, as PEFT loads it onto the bare base."""
-    from peft import PeftModel
-
-    import regraft.tuners  # noqa: F401
-
-    model = open_model(where["base"])
-    goal = objective_for(model, chosen)
-    loaded = PeftModel.from_pretrained(model.modules[goal.component], folder).eval()
-    return goal.held_out(loaded, held_out(goal, folder))
+from tests.training.runs import (
+    ASSETS,
+    DIFFUSION,
+    LANGUAGE,
+    WITH_CHANGE,
+    WITHOUT,
+    Stop,
+    contents,
+    held_out,
+    reloaded_loss,
+    settings,
+    short,
+    stopping_at,
+)
 
 
 @pytest.mark.parametrize("family", WITH_CHANGE + WITHOUT)
@@ -372,87 +297,3 @@ def test_a_loss_that_diverges_is_an_error_and_nothing_is_written(tmp_path):
     with pytest.raises(NonFiniteTensor, match="loss is"):
         train(chosen, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ({"family": "x-adapter"}, "no family"),
-        ({"schedule": "linear"}, "no schedule"),
-        ({"precision": "int8"}, "no precision"),
-        ({"preset": "mine"}, "no preset"),
-        ({"colour": 1}, "no setting 'colour'"),
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": "many"}, "not of type int"),
-        ({"batch": True}, "not of type int"),
-        ({"lr": -1.0}, "lr is -1"),
-        ({"lr": float("nan")}, "lr is nan"),
-        ({"rank": 2.5}, "not a number of directions"),
-        ({"rank": 1e300}, "beyond any layer"),
-        ({"family": "svdiff", "rank": 4}, "no rank"),
-        ({"family": "lora-x", "alpha": 4}, "no alpha"),
-        ({"family": "prefix", "targets": "x"}, "changes no modules"),
-        ({"validation": 1.0}, "validation is 1"),
-        ({"base": None}, "No base was named"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_refused_before_anything_is_opened(more, words):
-    with pytest.raises(BadOption, match=words):
-        Settings.of({"base": "nowhere", "data": "nowhere", **more})
-
-
-@pytest.mark.parametrize(
-    ("where", "more", "words"),
-    [
-        (LANGUAGE, {"targets": "nothing"}, "name like 'nothing'"),
-        (LANGUAGE, {"targets": "("}, "no regular expression"),
-        (LANGUAGE, {"options": {"colour": 1}}, "does not take these options"),
-        (LANGUAGE, {"precision": "fp16"}, "not trained on a CPU"),
-        (LANGUAGE, {"device": "abacus"}, "no device here"),
-        (LANGUAGE, {"family": "prefix", "gradient_checkpointing": True}, "PEFT cannot put prefix"),
-        (DIFFUSION, {"family": "prompt", "targets": None}, "for language models"),
-    ],
-)
-def test_what_the_base_cannot_do_is_said(where, more, words, tmp_path):
-    given = {**where, **more}
-    with pytest.raises(BadOption, match=words):
-        train(short(given, family=more.get("family", "lora")), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_of_that_name_keeps_what_is_not_the_runs(tmp_path):
-    (tmp_path / "out.training").mkdir()
-    (tmp_path / "out.training" / "mine.txt").write_text("mine")
-    train(short(LANGUAGE, steps=1), tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out.training").iterdir()] == ["mine.txt"]
-
-
-_VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.none())
-)
-_NAMES = [field.name for field in fields(Settings)]
-
-
-@given(st.dictionaries(st.sampled_from(_NAMES), _VALUES, max_size=4))
-def test_no_setting_gives_a_traceback(more):
-    try:
-        chosen = Settings.of({"base": "b", "data": "d", "preset": "paper", **more})
-    except BadOption:
-        return
-    assert all(0 <= chosen.lr_at(step) <= chosen.rate for step in (0, 1, chosen.steps - 1))
-
-
-def test_data_of_the_other_kind_is_refused(tmp_path):
-    with pytest.raises(BadData):
-        train(short({**LANGUAGE, "data": DIFFUSION["data"]}), tmp_path / "out")
-
-
-def test_the_paper_preset_is_the_papers_recipe_and_what_is_given_wins():
-    where = {"base": "b", "data": "d", "preset": "paper"}
-    paper = Settings.of(where)
-    assert (paper.family, paper.size, paper.batch, paper.rate) == ("lora-x", 320, 8, 1e-3)
-    assert (paper.schedule, paper.snr_gamma, paper.steps) == ("constant", 5.0, 5000)
-    assert Settings.of({**where, "family": "lora"}).size == 32
-    other = Settings.of({**where, "lr": 1e-4, "schedule": "cosine"})
-    assert (other.rate, other.schedule, other.steps) == (1e-4, "cosine", 5000)
-    assert set(PRESETS) == {"paper"}

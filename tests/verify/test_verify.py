@@ -16,44 +16,10 @@ from regraft.dialects import DIALECTS
 from regraft.files import data_sha256, serialize
 from regraft.methods import methods
 from tests.convert.files import kohya, lora, rand, save
-from tests.methods.worlds import make_base, make_world, new_library
+from tests.methods.worlds import make_base, new_library
 
 #: The small bases are no diffusion models, which is all that kohya's names and ComfyUI's are for.
 HELD = [d for d in DIALECTS if d not in ("kohya", "comfyui")]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def library(world):
-    return new_library(world / "cache")
-
-
-@pytest.fixture
-def carried(world, library, tmp_path):
-    """A transfer's output, and the inputs that verify needs."""
-    out = tmp_path / "out.safetensors"
-    regraft.transfer(
-        world / "lora.safetensors",
-        source=world / "v1",
-        target=world / "v2",
-        output=out,
-        method="lora-x",
-        dimension=6,
-        threshold=0.1,
-        filter_blocks=["conv"],
-        library=library,
-    )
-    inputs = {
-        "adapter": world / "lora.safetensors",
-        "source": world / "v1",
-        "target": world / "v2",
-        "library": library,
-    }
-    return out, inputs
 
 
 def story_of(path):

@@ -1,7 +1,7 @@
 """Adapters: what a file changes, site by site, in one exact form, and its algebra."""
 
 from regraft.adapters.adapter import Adapter, Site
-from regraft.adapters.algebra import compress, energy, inner, rank_for_energy
+from regraft.adapters.algebra import energy, inner, rank_for_energy
 from regraft.adapters.cut import cut
 from regraft.adapters.ranks import RankRule
 from regraft.adapters.update import (
@@ -28,7 +28,6 @@ __all__ = [
     "Spectral",
     "Update",
     "balance",
-    "compress",
     "cut",
     "delta",
     "energy",

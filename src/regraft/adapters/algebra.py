@@ -122,37 +122,3 @@ def rank_for_energy(s: Float[Tensor, " q"], share: float) -> int:
         return 1
     kept = squares.cumsum(0) / total
     return min(int((kept < share - 1e-12).sum()) + 1, s.numel())
-
-
-def compress(
-    factors: Factors, *, rank: int | None = None, share: float | None = None
-) -> tuple[Factors, float]:
-    """The best approximation of left @ right by rank or by share of its energy.
-
-    Parameters
-    ----------
-    factors : (left, right)
-    rank : int, optional
-        Largest rank allowed.
-    share : float, optional
-        Share of the energy to keep, in (0, 1].
-
-    Returns
-    -------
-    (left, right) : Tensors of shape (m, k), (k, n)
-        left = U√S, right = √S Vᵀ.
-    kept : float
-        Share of the energy kept, 1 when nothing was cut.
-    """
-    u, s, vh = svd_of_product(*factors)
-    k = s.numel()
-    if share is not None:
-        k = min(k, rank_for_energy(s, share))
-    if rank is not None:
-        k = min(k, rank)
-    # Directions below rounding noise are not content.
-    k = max(1, min(k, int((s > s[0] * 1e-7).sum()) if s.numel() else 1))
-    total = float((s.double() ** 2).sum())
-    kept = 1.0 if total == 0 else float((s[:k].double() ** 2).sum()) / total
-    root = s[:k].sqrt()
-    return (u[:, :k] * root, root[:, None] * vh[:k]), kept

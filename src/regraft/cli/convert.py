@@ -11,6 +11,7 @@ from rich.table import Table
 
 from regraft.cli.screen import (
     AllowPickle,
+    AllowUnknown,
     clean,
     percent,
     pickles,
@@ -49,12 +50,7 @@ def convert_command(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. Default: the input's.")
     ] = None,
-    allow_unknown: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unknown/--strict", help="Leave out tensors that fit no rule, and record them."
-        ),
-    ] = False,
+    allow_unknown: AllowUnknown = False,
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Do everything but write.")] = False,

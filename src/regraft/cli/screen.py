@@ -33,6 +33,14 @@ AllowPickle = Annotated[
     typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt files too, in a fenced process."),
 ]
 
+#: The option of commands that write an adapter.
+AllowUnknown = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unknown/--strict", help="Leave out tensors that fit no rule, and record them."
+    ),
+]
+
 
 def clean(text: object) -> str:
     """Text from a file, safe to print: one line, no control characters, no rich markup."""

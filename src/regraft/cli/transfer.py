@@ -11,6 +11,7 @@ from rich.table import Table
 
 from regraft.cli.screen import (
     AllowPickle,
+    AllowUnknown,
     clean,
     number,
     percent,
@@ -77,12 +78,7 @@ def transfer_command(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     seed: Annotated[int, typer.Option(help="Recorded; no method here is random.")] = 0,
-    allow_unknown: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unknown/--strict", help="Leave out tensors that fit no rule, and record them."
-        ),
-    ] = False,
+    allow_unknown: AllowUnknown = False,
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Do everything but write.")] = False,

@@ -64,7 +64,9 @@ SUFFIXES: dict[str, str] = {
     ".diff_b": "diff_b",
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
-    ".set_weight": "set_weight",
+    ".set_weight": "whole",
+    ".ln_tuning_layers.weight": "whole",
+    ".ln_tuning_layers.bias": "whole_bias",
     ".token_adapter.trainable_tokens_delta": "tokens",
     # singular values, and the frequency domain
     ".delta": "delta",

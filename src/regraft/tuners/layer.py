@@ -9,6 +9,7 @@ is (1, d).
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -102,16 +103,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     # What a subclass says
 
+    @abstractmethod
     def factors(self, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """(left (m, k), right (k, n)) in fp32, their product the joint ΔW of adapters at strengths.
 
         Every adapter in ``scales`` is on this layer; there is at least one.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter with the settings of ``config``."""
-        raise NotImplementedError
 
     # The base's weight
 

@@ -1,7 +1,8 @@
 """Whole weights: what a weight becomes, saved instead of its change.
 
-Written by PEFT beside its factors (``modules_to_save``, trained biases, trained token rows), by
-ComfyUI's ``set_weight``, and as the normalisations of control LoRAs.
+Written by PEFT beside its factors (``modules_to_save``, trained biases, trained token rows) and as
+LN tuning (arXiv 2312.11420), by ComfyUI as ``set_weight``, and as the normalisations of control
+LoRAs.
 
 * ``whole``, ``whole_bias``: ΔW = saved − W0, Δb = saved − b0.
 * ``tokens``: rows of an embedding (PEFT's trainable tokens; which ones, its config says):
