@@ -10,7 +10,7 @@ import torch
 from regraft.running import open_model
 from regraft.training import FAMILIES, Settings
 from regraft.training.facts import generator
-from regraft.training.objectives import objective_for
+from regraft.training.items import objective_for
 
 ASSETS = Path(__file__).parents[2] / "lab" / "assets"
 LANGUAGE = {
@@ -40,7 +40,19 @@ def short(where, **more):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file of a folder, those in its folders too."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def logged(folder):
+    """The log's steps, without step 0, as numbers by column."""
+    lines = (folder / "log.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
+    return [
+        {name: float(cell) for name, cell in row.items() if cell} for row in rows if row["loss"]
+    ]
 
 
 class Stop(Exception):
@@ -49,7 +61,7 @@ class Stop(Exception):
 
 def stopping_at(step):
     def progress(stage, done, total):
-        if done == step:
+        if stage == "training" and done == step:
             raise Stop
 
     return progress

@@ -38,6 +38,17 @@ from tests.training.runs import DIFFUSION, LANGUAGE, short
         ({"family": "lora-x", "alpha": 4}, "no alpha"),
         ({"family": "prefix", "targets": "x"}, "changes no modules"),
         ({"validation": 1.0}, "validation is 1"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"cut_mix": 1.5}, "cut_mix is 1.5"),
+        ({"cut_mix": float("nan")}, "cut_mix is nan"),
+        ({"unmix_weight": 0.1}, "none are made"),
+        ({"cut_mix": 0.6, "unmix_weight": 0.0}, "unmix_weight is 0"),
+        ({"cut_mix_prompt": "{left} and"}, "lacks"),
+        ({"prior_prompt": [3]}, "not of type list of texts"),
+        ({"prior_prompt": " "}, "prompt is empty"),
+        ({"prior_prompt": "a dog", "prior_count": 0}, "prior_count is 0"),
+        ({"prior": "dogs", "prior_weight": -1.0}, "prior_weight is -1"),
+        ({"validation_prompts": ["a"], "validation_seeds": 0}, "validation_seeds is 0"),
         ({"base": None}, "No base was named"),
     ],
 )
@@ -73,7 +84,8 @@ def test_a_folder_of_that_name_keeps_what_is_not_the_runs(tmp_path):
 
 
 _VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.none())
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    *(st.lists(st.none(), max_size=2), st.lists(st.text(max_size=8), max_size=2)),
 )
 _NAMES = [field.name for field in fields(Settings)]
 
@@ -97,6 +109,7 @@ def test_the_paper_preset_is_the_papers_recipe_and_what_is_given_wins():
     paper = Settings.of(where)
     assert (paper.family, paper.size, paper.batch, paper.rate) == ("lora-x", 320, 8, 1e-3)
     assert (paper.schedule, paper.snr_gamma, paper.steps) == ("constant", 5.0, 5000)
+    assert (paper.judging_prompts, paper.judging_seeds) == (30, 30)
     assert Settings.of({**where, "family": "lora"}).size == 32
     other = Settings.of({**where, "lr": 1e-4, "schedule": "cosine"})
     assert (other.rate, other.schedule, other.steps) == (1e-4, "cosine", 5000)

@@ -22,7 +22,7 @@ import regraft
 from regraft.errors import BadOption, MalformedFile, NonFiniteTensor, OutputExists
 from regraft.running import applied, open_model
 from regraft.training import FAMILIES, train
-from regraft.training.objectives import objective_for
+from regraft.training.items import objective_for
 from tests.running import bases
 from tests.training.runs import (
     ASSETS,
@@ -194,12 +194,12 @@ def test_the_card_says_what_was_trained_and_no_path(tmp_path):
 
 
 def test_held_out_items_are_not_trained_on(tiny):
-    from regraft.training.run import _Run
+    from regraft.training.loop import Run
     from regraft.training.state import Unfinished
 
     chosen = settings(tiny, validation=0.34, batch=3)
     model = open_model(tiny["base"])
-    run = _Run(chosen, model, objective_for(model, chosen), Unfinished(Path("out")))
+    run = Run(chosen, model, objective_for(model, chosen), Unfinished(Path("out")))
     assert len(run.held_out) == 2
     seen = [row for step in range(4) for row in run._batch(step)]
     assert sorted(seen[:4]) == sorted(seen[4:8]) == sorted(seen[8:]) == run.rows
@@ -210,7 +210,7 @@ def test_held_out_items_are_not_trained_on(tiny):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_weighs_the_error_of_the_clean_picture(prediction, tmp_path):
     """γ-clipped SNR times the error of x0 is the weighted error of what is predicted."""
-    from regraft.training.objectives import Denoising
+    from regraft.training.denoising import Denoising
 
     model = open_model(bases.stable_diffusion_folder(tmp_path / "sd", prediction=prediction))
     goal = Denoising.__new__(Denoising)
@@ -232,7 +232,7 @@ def test_min_snr_weighs_the_error_of_the_clean_picture(prediction, tmp_path):
 
 
 def test_min_snr_for_rectified_flow():
-    from regraft.training.objectives import Denoising
+    from regraft.training.denoising import Denoising
 
     model = open_model(DIFFUSION["base"])
     goal = Denoising.__new__(Denoising)
@@ -271,7 +271,8 @@ def test_long_texts_become_several_items_and_prompts_are_not_learned(tmp_path):
     assert [len(ids) for ids, _ in goal.items] == [16, 16, 11]
     pairs = settings({"base": str(folder), "data": str(tmp_path / "pairs.jsonl")})
     goal = objective_for(model, pairs)
-    _, labels = goal.inputs([0], torch.Generator())
+    [(_, labels, share)] = goal.parts([0], torch.Generator(), 8)
+    assert share == 1.0
     assert labels[0].tolist()[:3] == [-100] * 3
     assert (labels[0][3:] >= 0).all()
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from regraft.cli.screen import clean, number, print_json, progress, stderr, stdout
 from regraft.errors import BadOption
-from regraft.training import FAMILIES, PRESETS, Settings, TrainResult, read_config, train
+from regraft.training import FAMILIES, FORMS, PRESETS, Settings, TrainResult, read_config, train
 
 
 def train_command(
@@ -28,7 +28,8 @@ def train_command(
         Path | None, typer.Option("-o", "--output", help="PEFT folder to write.")
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help=f"{', '.join(FAMILIES)}. Default: lora.")
+        str | None,
+        typer.Option(help=f"{', '.join(FAMILIES)}; qlora: lora on nf4. Default: lora."),
     ] = None,
     rank: Annotated[
         float | None,
@@ -54,6 +55,16 @@ def train_command(
         str | None,
         typer.Option(help="fp32, bf16 or fp16, of the base and of autocast. Default: fp32."),
     ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(help=f"Quantise the base first: {', '.join(FORMS)}. Default: as it is."),
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a zero point in integers, and that qa-lora pools. Default: 32."
+        ),
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Whole names of the modules to change."),
@@ -72,6 +83,43 @@ def train_command(
             "--gradient-checkpointing/--no-gradient-checkpointing",
             help="Less memory for more time. Default: off.",
         ),
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step. Default: 1.")] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="Pictures of the class with captions, for prior preservation."),
+    ] = None,
+    prior_prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw class pictures from the bare base; may be repeated."),
+    ] = None,
+    prior_count: Annotated[
+        int | None, typer.Option(help="How many for each prompt. Default: 200.")
+    ] = None,
+    prior_weight: Annotated[
+        float | None, typer.Option(help="Of the loss on class pictures. Default: 1.")
+    ] = None,
+    cut_mix: Annotated[
+        float | None,
+        typer.Option(help="How often two subjects are put into one picture. Default: 0."),
+    ] = None,
+    unmix_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the attention of one's words in the other's half. Default: none."),
+    ] = None,
+    validation_prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Draw or complete it at every checkpoint: a text, a .txt file, or held-out; "
+            "may be repeated."
+        ),
+    ] = None,
+    validation_seeds: Annotated[
+        int | None, typer.Option(help="How often each. Default: 1.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard", help="Also write event files, into OUTPUT.tensorboard/."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")
@@ -103,12 +151,24 @@ def train_command(
         "warmup": warmup,
         "snr_gamma": snr_gamma,
         "precision": precision,
+        "quantise": quantise,
+        "group": group,
         "targets": targets,
         "length": length,
         "validation": validation,
         "seed": seed,
         "save_every": save_every,
         "gradient_checkpointing": gradient_checkpointing,
+        "accumulate": accumulate,
+        "prior": prior,
+        "prior_prompt": prior_prompt or None,
+        "prior_count": prior_count,
+        "prior_weight": prior_weight,
+        "cut_mix": cut_mix,
+        "unmix_weight": unmix_weight,
+        "validation_prompts": validation_prompts or None,
+        "validation_seeds": validation_seeds,
+        "tensorboard": tensorboard,
         "device": device,
         "preset": preset,
     }

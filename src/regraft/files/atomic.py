@@ -129,7 +129,7 @@ def atomic_folder(
     """Yield a temporary folder beside ``path``; swap it into place when the block succeeds.
 
     An existing folder is replaced only if ``overwrite`` is true and it holds nothing but files
-    named in ``replaceable``: other people's files are never deleted.
+    named in ``replaceable`` ("a.txt", "folder/b.txt"): other people's files are never deleted.
 
     Raises
     ------
@@ -151,8 +151,8 @@ def atomic_folder(
         temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=path.parent))
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        for file in temporary.iterdir():
-            _sync(file)
+        for file in temporary.rglob("*"):
+            (_sync_folder if file.is_dir() else _sync)(file)
         _sync_folder(temporary)
         if path.exists():
             _only(path, replaceable)  # again: the block may have run for an hour
@@ -168,12 +168,20 @@ def atomic_folder(
 
 
 def _only(folder: Path, replaceable: Iterable[str]) -> None:
-    foreign = sorted(
-        {p.name for p in folder.iterdir() if p.name not in set(replaceable) or p.is_dir()}
-    )
+    foreign = sorted(_foreign(folder, set(replaceable)))
     if foreign:
         raise OutputExists(
             f"The output folder holds other files ({', '.join(foreign[:5])}).",
             file=folder,
             fix="Name a new folder.",
         )
+
+
+def _foreign(folder: Path, known: set[str], before: str = "") -> Iterator[str]:
+    for path in folder.iterdir():
+        name = before + path.name
+        inner = any(other.startswith(name + "/") for other in known)
+        if path.is_dir() and not path.is_symlink() and inner:
+            yield from _foreign(path, known, name + "/")
+        elif path.is_dir() or name not in known:
+            yield name

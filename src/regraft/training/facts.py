@@ -13,6 +13,8 @@ from torch import nn
 from regraft.training.settings import Settings
 from regraft.versions import regraft_version
 
+_LEFT_OUT = ("base", "data", "prior", "device", "tensorboard")
+
 
 def seed_of(*words: object) -> int:
     """A seed that depends on these words only."""
@@ -25,9 +27,9 @@ def generator(*words: object) -> torch.Generator:
 
 
 def told(settings: Settings) -> dict[str, Any]:
-    """The settings without paths; the learning rate and rank that were meant."""
+    """The settings that change the output, without paths; the rate and rank that were meant."""
     found = asdict(settings) | {"lr": settings.rate, "rank": settings.size}
-    return {k: v for k, v in found.items() if k not in ("base", "data", "device")}
+    return {k: v for k, v in found.items() if k not in _LEFT_OUT}
 
 
 def hash_of(module: nn.Module) -> str:
@@ -35,14 +37,22 @@ def hash_of(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        for part in _parts(tensor.detach()):
+            flat = part.cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(tensor: Any) -> list[torch.Tensor]:
+    """A tensor's own numbers; of a torchao tensor its codes, scales and zero points."""
+    if type(tensor).__module__.startswith("torchao."):
+        return [getattr(tensor, name) for name in tensor.tensor_data_names]
+    return [tensor]
 
 
 def versions() -> dict[str, str]:
     found = {"regraft": regraft_version(), "torch": torch.__version__}
-    for name in ("accelerate", "diffusers", "peft", "transformers"):
+    for name in ("accelerate", "bitsandbytes", "diffusers", "peft", "torchao", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -18,11 +18,9 @@ from regraft.training.settings import FAMILIES, Settings
 
 #: Where a U-Net is changed if nothing is said: the attention projections, as diffusers' scripts do.
 _ATTENTION = r".*\.attn[12]\.to_(q|k|v|out\.0)"
-#: Ends of attention and of feed-forward: where bottlenecks sit in a U-Net.
-_ENDS = r".*\.(attn[12]\.to_out\.0|ff\.net\.2)"
 _PURPOSE = "Training"
 #: Families that change a matrix only: PEFT's layers for convolutions lack these.
-_LINEAR_ONLY = ("pissa",)
+_LINEAR_ONLY = ("pissa", "qa-lora")
 
 
 def config_for(settings: Settings, module: Any, kind: str) -> Any:
@@ -73,6 +71,9 @@ def config_for(settings: Settings, module: Any, kind: str) -> Any:
     elif family == "foura":
         made = tuners.FouRAConfig
         told |= {"r": rank, "alpha": alpha}
+    elif family == "qa-lora":
+        made = tuners.QALoraConfig
+        told |= {"r": rank, "lora_alpha": alpha, "qalora_group_size": settings.group}
     elif family == "lora-x":
         made = tuners.LoraXConfig
         told["r"] = rank
@@ -109,11 +110,11 @@ def targets(settings: Settings, module: nn.Module, kind: str) -> Any:
     """
     family, pattern = settings.family, settings.targets
     if pattern is None:
-        if family == "svdiff" or (family == "bottleneck" and kind == "language"):
+        if family in ("svdiff", "bottleneck"):
             return None
         if kind == "language":
             return _language_linears(module)
-        pattern = _ENDS if family == "bottleneck" else _ATTENTION
+        pattern = _ATTENTION
     try:
         found = re.compile(pattern)
     except re.error as error:

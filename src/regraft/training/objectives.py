@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regraft.errors import BadData, CannotRun
-from regraft.retention.data import read_data
-from regraft.running import Diffusion, Language, Model, Pictures, Texts, denoising_losses
-from regraft.running.emoji import TIME_SCALE, Emoji
-from regraft.running.stable_diffusion import StableDiffusion
-from regraft.training.settings import Settings
+from regraft.errors import BadData
+from regraft.running import Language, Texts
+
+
+class Part(NamedTuple):
+    """Items that are run at a time.
+
+    Attributes
+    ----------
+    call : dict
+        What the component is called with.
+    wanted : Any
+        What its output is judged by.
+    share : float
+        Of the step's loss; those of a step's parts add up to 1.
+    """
+
+    call: dict[str, Any]
+    wanted: Any
+    share: float
 
 
 class Objective(ABC):
@@ -34,102 +49,39 @@ class Objective(ABC):
     digest : str
         SHA-256 of the items.
     notes : list of str
+    terms : tuple of str
+        What else than the loss is logged.
     """
 
     component: str
     count: int
     digest: str
     notes: list[str]
+    terms: tuple[str, ...] = ()
 
     @abstractmethod
-    def inputs(self, rows: Sequence[int], draw: torch.Generator) -> tuple[dict[str, Any], Any]:
-        """What the component is called with for these items, and what its output is judged by."""
+    def parts(self, rows: Sequence[int], draw: torch.Generator, size: int) -> Iterator[Part]:
+        """A step's items, ``size`` at a time. The draws do not depend on ``size``."""
 
     @abstractmethod
-    def loss(self, output: Any, wanted: Any) -> Tensor:
-        """The loss that is minimised, a scalar."""
+    def loss(self, module: Any, part: Part) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss of a part, a scalar; and its :attr:`terms`."""
 
     @abstractmethod
     def held_out(self, module: Any, rows: Sequence[int]) -> float:
         """Loss over items, without gradients and with nothing left to chance."""
 
+    @abstractmethod
+    def prompts(self, rows: Sequence[int]) -> list[str]:
+        """What these items are asked for with; each prompt once, in order."""
 
-class Denoising(Objective):
-    """Mean squared error of the denoiser's prediction at random times, a time for each picture."""
+    def begin(self, rows: Sequence[int]) -> None:
+        """Be told which items are trained on, before the first :meth:`parts`."""
+        return
 
-    component = "unet"
-
-    def __init__(self, model: Diffusion, pictures: Pictures, snr_gamma: float | None) -> None:
-        self.model, self.pictures, self.gamma = model, pictures, snr_gamma
-        self.count, self.notes = len(pictures), []
-        digest = hashlib.sha256(repr((pictures.images.shape, list(pictures.captions))).encode())
-        digest.update(pictures.images.tobytes())
-        self.digest = digest.hexdigest()
-        with torch.no_grad():
-            self.clean = model.clean(pictures)
-            # Encoders are not trained, so each caption is encoded once.
-            parts = [
-                model.condition(list(pictures.captions[i : i + model.batch]))
-                for i in range(0, self.count, model.batch)
-            ]
-        self.told = {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
-
-    def inputs(self, rows: Sequence[int], draw: torch.Generator) -> tuple[dict[str, Any], Any]:
-        model = self.model
-        x0 = self.clean[list(rows)]
-        noise = torch.randn(x0.shape, generator=draw)
-        t = torch.rand(len(rows), generator=draw)
-        told = {k: v[list(rows)].to(model.device) for k, v in self.told.items()}
-        x0, noise, t = (part.to(model.device) for part in (x0, noise, t))
-        x, wanted, time, weight = self._noisy(x0, noise, t)
-        unet: Any = model.modules["unet"]
-        call = {
-            "sample": x.to(unet.dtype),
-            "timestep": time,
-            "encoder_hidden_states": told.pop("hidden"),
-            "return_dict": False,
-        }
-        if told:
-            call["added_cond_kwargs"] = told
-        return call, (wanted, weight)
-
-    def _noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, what is to be predicted, the time as the U-Net counts it, and the loss's weight.
-
-        Min-SNR weighs the error of x0 by min(SNR, γ); the weights here are what that is for the
-        error of ε, of v and of a velocity.
-        """
-        shape = (-1, *[1] * (x0.ndim - 1))
-        if isinstance(self.model, Emoji):
-            at = t.view(shape)
-            weight = torch.ones_like(t)
-            if self.gamma is not None:
-                weight = t**2 * (((1 - t) / t.clamp(min=1e-6)) ** 2).clamp(max=self.gamma)
-            return (1 - at) * x0 + at * noise, noise - x0, t * TIME_SCALE, weight
-        assert isinstance(self.model, StableDiffusion)
-        alphas = self.model.alphas
-        step = (t * len(alphas)).long().clamp(max=len(alphas) - 1)
-        alpha = alphas[step]
-        signal, amount = alpha.sqrt().view(shape), (1 - alpha).sqrt().view(shape)
-        velocity = self.model.velocity
-        wanted = signal * noise - amount * x0 if velocity else noise
-        weight = torch.ones_like(alpha)
-        if self.gamma is not None:
-            snr = alpha / (1 - alpha)
-            kept = snr.clamp(max=self.gamma)
-            weight = kept / (snr + 1) if velocity else kept / snr.clamp(min=1e-12)
-        return signal * x0 + amount * noise, wanted, step, weight
-
-    def loss(self, output: Any, wanted: Any) -> Tensor:
-        goal, weight = wanted
-        wrong = (output[0].float() - goal).pow(2).flatten(1).mean(dim=1)
-        total: Tensor = (wrong * weight).mean()
-        return total
-
-    def held_out(self, module: Any, rows: Sequence[int]) -> float:
-        chosen = list(rows)
-        part = Pictures(self.pictures.images[chosen], [self.pictures.captions[i] for i in chosen])
-        return float(denoising_losses(self.model, part, timesteps=4).mean())
+    def watching(self, module: Any) -> AbstractContextManager[None]:
+        """What must be in place while the component trains."""
+        return nullcontext()
 
 
 class NextToken(Objective):
@@ -140,6 +92,8 @@ class NextToken(Objective):
     """
 
     component = ""
+    #: Of a text without a prompt, so many tokens at most are given as one.
+    _START = 16
 
     def __init__(self, model: Language, texts: Texts, length: int) -> None:
         self.model = model
@@ -180,7 +134,13 @@ class NextToken(Objective):
             raise BadData("No text has a token to learn.", fix="Give longer texts, or a length.")
         return kept
 
-    def inputs(self, rows: Sequence[int], draw: torch.Generator) -> tuple[dict[str, Any], Any]:
+    def parts(self, rows: Sequence[int], draw: torch.Generator, size: int) -> Iterator[Part]:
+        total = sum(len(ids) - first for ids, first in (self.items[row] for row in rows))
+        for low in range(0, len(rows), size):
+            call, labels = self._called(rows[low : low + size])
+            yield Part(call, labels, int((labels != -100).sum()) / total)
+
+    def _called(self, rows: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
         items = [self.items[i] for i in rows]
         width = max(len(ids) for ids, _ in items)
         tokens = torch.zeros(len(items), width, dtype=torch.long)
@@ -193,9 +153,9 @@ class NextToken(Objective):
         call = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
         return call, labels.to(device)
 
-    def loss(self, output: Any, wanted: Any) -> Tensor:
-        mean: Tensor = self._summed(output, wanted) / (wanted != -100).sum()
-        return mean
+    def loss(self, module: Any, part: Part) -> tuple[Tensor, dict[str, float]]:
+        summed = self._summed(module(**part.call), part.wanted)
+        return summed / (part.wanted != -100).sum(), {}
 
     @staticmethod
     def _summed(output: Any, labels: Tensor) -> Tensor:
@@ -209,25 +169,14 @@ class NextToken(Objective):
     def held_out(self, module: Any, rows: Sequence[int]) -> float:
         total, count = 0.0, 0
         for i in range(0, len(rows), 16):
-            call, labels = self.inputs(rows[i : i + 16], torch.Generator())
+            call, labels = self._called(rows[i : i + 16])
             total += float(self._summed(module(**call), labels).double())
             count += int((labels != -100).sum())
         return total / count
 
-
-def objective_for(model: Model, settings: Settings) -> Objective:
-    """Read the data of a run as its base needs them.
-
-    Raises
-    ------
-    BadData, CannotRun, InputNotFound, MalformedFile
-    """
-    items = read_data(settings.data, model)
-    if isinstance(model, Emoji | StableDiffusion) and isinstance(items, Pictures):
-        return Denoising(model, items, settings.snr_gamma)
-    if isinstance(model, Language) and isinstance(items, Texts):
-        goal = NextToken(model, items, settings.length)
-        if settings.snr_gamma is not None:
-            goal.notes.append("snr_gamma means nothing to a language model")
-        return goal
-    raise CannotRun(f"Bases such as {model.ref} cannot be trained on yet.")
+    def prompts(self, rows: Sequence[int]) -> list[str]:
+        found = []
+        for ids, first in (self.items[row] for row in rows):
+            asked = ids[: max(first, min(self._START, len(ids) // 2))]
+            found.append(self.model.tokenizer.decode(asked, skip_special_tokens=True))
+        return list(dict.fromkeys(found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from regraft.errors import BadOption, MalformedFile, OutputExists, OutputFailed
 from regraft.files import atomic_file
 
-LOG = "log.csv"
-HEADER = "step,loss,lr,validation\n"
+LOG, SAMPLES, PICTURES = "log.csv", "samples.jsonl", "pictures"
+_PNG = re.compile(r"step-\d+\.png")
+_DRAWN = re.compile(r"[0-9a-f]{12}-\d{5,}\.png")
 
 
 class Unfinished:
@@ -29,6 +31,9 @@ class Unfinished:
         self.folder = output.with_name(output.name + ".training")
         self.state = self.folder / "state.pt"
         self.log = self.folder / LOG
+        self.samples = self.folder / SAMPLES
+        self.pictures = self.folder / PICTURES
+        self.prior = self.folder / "prior"
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:
         """Say whether a run may begin, and forget the one before where that was asked for.
@@ -102,6 +107,26 @@ class Unfinished:
             )
         return state
 
+    def keep_picture(self, step: int, png: bytes) -> None:
+        """Keep the pictures of a checkpoint until the output takes them.
+
+        Raises
+        ------
+        OutputFailed
+        """
+        with atomic_file(self.pictures / f"step-{step}.png", overwrite=True) as path:
+            path.write_bytes(png)
+
+    def keep_samples(self, lines: str) -> None:
+        """Show the completions so far; the state holds them too.
+
+        Raises
+        ------
+        OutputFailed
+        """
+        with atomic_file(self.samples, overwrite=True) as path:
+            path.write_text(lines, encoding="utf-8")
+
     def save(self, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
         """Replace the state; a kill leaves the one before or this one.
 
@@ -114,10 +139,15 @@ class Unfinished:
 
     def remove(self) -> None:
         """Once the output is there; nothing but what this class wrote."""
-        for path in (self.state, self.log):
+        for path in (self.state, self.log, self.samples):
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty, or not there
-            self.folder.rmdir()
+        for folder, names in ((self.pictures, _PNG), (self.prior, _DRAWN)):
+            for path in folder.glob("*.png"):
+                if names.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        for folder in (self.pictures, self.prior, self.folder):
+            with suppress(OSError):  # not empty, or not there
+                folder.rmdir()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
