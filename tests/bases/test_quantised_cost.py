@@ -55,6 +55,9 @@ def test_figures(form):
         ("quanto fp8", "scaled fp8"),
         ("torchao int8", "bitsandbytes int8"),
         ("torchao intx", "bitsandbytes int8"),
+        ("torchao int6", "GGUF Q5_1"),
+        ("torchao int4", "compressed-tensors int4"),
+        ("torchao int2", ""),
         ("compressed-tensors int8", "bitsandbytes int8"),
     ],
 )

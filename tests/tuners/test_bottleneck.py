@@ -108,6 +108,21 @@ def test_they_sit_where_the_papers_put_them(base: Callable[[], nn.Module], posit
     assert torch.equal(run(model.unload()), before)
 
 
+@pytest.mark.parametrize(
+    ("position", "ends"),
+    [
+        ("houlsby", {"attn1.to_out.0", "attn2.to_out.0", "ff.net.2"}),
+        ("pfeiffer", {"ff.net.2"}),
+        ("parallel", {"ff"}),
+    ],
+)
+def test_they_sit_in_a_unet_as_in_a_language_model(position: str, ends: set[str]) -> None:
+    model = unet()
+    blocks = {n for n, m in model.named_modules() if type(m).__name__ == "BasicTransformerBlock"}
+    model.add_adapter(BottleneckConfig(position=position))
+    assert set(bottlenecks(model)) == {f"{block}.{end}" for block in blocks for end in ends}
+
+
 def test_an_unknown_place_is_asked_for() -> None:
     with pytest.raises(BadOption, match="target_modules"):
         tuned(bert(), position="parallel")

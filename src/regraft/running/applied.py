@@ -29,6 +29,7 @@ from regraft.adapters import (
 )
 from regraft.errors import CannotRun, ShapeMismatch, SitesNotInBase
 from regraft.running.model import Model
+from regraft.running.quantised import storage_of
 
 M = TypeVar("M", bound=Model)
 #: In front of CLIP's modules in adapters and in some versions of transformers, not in others.
@@ -58,7 +59,7 @@ def applied(model: M, adapter: Adapter, strength: float = 1.0) -> Iterator[M]:
     ShapeMismatch
         An update does not fit its weight.
     CannotRun
-        An adapter is attached to the model already, by another library.
+        An adapter is attached to the model already, by another library; or a weight is quantised.
     """
     places = []
     for site, update in adapter.updates.items():
@@ -105,6 +106,12 @@ def _holder(model: Model, site: Site) -> tuple[nn.Module, nn.Parameter]:
             module = module.base_layer
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
+            if (stored := storage_of(module)) and not stored.held:
+                raise CannotRun(
+                    f"The weight {site} of {model.ref} is quantised ({stored}); a change added to "
+                    "it would be rounded.",
+                    fix="Give the base in 16 bits.",
+                )
             return module, weight
     raise SitesNotInBase(
         f"{model.ref} has no weight for the adapter's site {site}.",

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from regraft.parallel import single_threaded
 from regraft.running.model import Condition, Diffusion, Pictures, fixed_noise, optional
+from regraft.running.quantised import settle
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -103,6 +104,7 @@ def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> Emo
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     convert(unet, dtype)
+    settle(unet)
     return EmojiPipeline(unet.eval(), text_encoder.eval(), tokenizer)
 
 

@@ -11,6 +11,7 @@ from regraft.errors import CannotRun
 from regraft.files import Located
 from regraft.running.emoji import no_progress_bars
 from regraft.running.model import Language, not_whole, optional
+from regraft.running.quantised import settle
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "LMHead")
 
@@ -57,4 +58,6 @@ def open_language(
             file=folder,
             fix="Give the whole checkpoint.",
         )
-    return Language(located.ref, model.to(device), tokenizer, device)
+    model.to(device)
+    settle(model)
+    return Language(located.ref, model, tokenizer, device)

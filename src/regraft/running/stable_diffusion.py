@@ -7,8 +7,10 @@ base's scheduler config says.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +23,7 @@ from regraft.files import Located
 from regraft.files.select import weight_files
 from regraft.running.emoji import convert, no_progress_bars
 from regraft.running.model import Condition, Diffusion, Pictures, not_whole, optional
+from regraft.running.quantised import settle
 
 #: ``_class_name`` in the ``model_index.json`` of the bases this module runs.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -44,7 +47,11 @@ def open_stable_diffusion(
     folder = located.path
     files = weight_files(folder / "unet") if (folder / "unet").is_dir() else []
     variant = next((m[1] for f in files if (m := _VARIANT.search(f.name))), None)
-    extra = {} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
+    extra: dict[str, Any] = {}
+    if "XL" not in name:
+        extra |= {"safety_checker": None, "requires_safety_checker": False}
+    if _quantised(folder):
+        extra["torch_dtype"] = dtype  # left to itself, diffusers rounds all of it to bf16
     try:
         with no_progress_bars():
             pipeline = getattr(diffusers, name).from_pretrained(
@@ -67,7 +74,17 @@ def open_stable_diffusion(
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, *_text_encoders(pipeline).values()):
         convert(part, dtype)
-    return StableDiffusion(located.ref, pipeline.to(device), schedule, device)
+    pipeline.to(device)
+    settle(pipeline.unet)
+    return StableDiffusion(located.ref, pipeline, schedule, device)
+
+
+def _quantised(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # from_pretrained says what is wrong
+    return isinstance(config, dict) and "quantization_config" in config
 
 
 def _text_encoders(pipeline: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from regraft.tuners import registration  # first: it says so if PEFT is missing
 from regraft.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from regraft.tuners.foura import FouRAConfig, FouRAModel
 from regraft.tuners.lora_x import LoraXConfig, LoraXModel
+from regraft.tuners.qa_lora import QALoraConfig, QALoraModel
 from regraft.tuners.saved import load_onto
 from regraft.tuners.svdiff import (
     SVDiffConfig,
@@ -25,6 +26,8 @@ __all__ = [
     "FouRAModel",
     "LoraXConfig",
     "LoraXModel",
+    "QALoraConfig",
+    "QALoraModel",
     "SVDiffConfig",
     "SVDiffModel",
     "load_onto",

@@ -63,6 +63,9 @@ class TunerConfig(PeftConfig):  # type: ignore[misc]
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, sets as sorted lists, so that the same config is the same text."""
-        plain: dict[str, Any] = super().to_dict()
+        """As PEFT's, sets as sorted lists, so that the same adapter has the same text.
+
+        ``inference_mode`` is what PEFT writes into every folder; diffusers writes what it finds.
+        """
+        plain: dict[str, Any] = super().to_dict() | {"inference_mode": True}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from regraft.errors import NonFiniteTensor
+from regraft.errors import NonFiniteTensor, QuantisedWeight
+from regraft.tuners.packed import is_packed, shape_of, whole
 
 Kind = Literal["linear", "transposed", "conv", "embedding", "vector"]
 
@@ -28,11 +29,13 @@ Kind = Literal["linear", "transposed", "conv", "embedding", "vector"]
 def kind_of(module: nn.Module) -> Kind | None:
     """How a module uses its weight, or None if a change of it cannot be hosted.
 
-    Not hosted: weights packed by a quantiser, and the output projection of torch's own attention,
-    whose weight is used without the module being run.
+    Packed weights are, of bitsandbytes and torchao. Not hosted: those of other quantisers, and the
+    output projection of torch's own attention, whose weight is used without the module being run.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor):
+        return None
+    if not weight.is_floating_point() and not is_packed(module):
         return None
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
@@ -45,6 +48,11 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "vector" if weight.ndim == 1 else None
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least fp32: what is trained, and ΔW, never in less."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextmanager
@@ -95,7 +103,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         kind = kind_of(base)
         assert kind is not None, "the model checks what it wraps"
         self.kind: Kind = kind
-        self._rows, self._columns = self._matrix_shape(base.weight.shape)
+        self._shape = shape_of(base)
+        self._rows, self._columns = self._matrix_shape(self._shape)
 
     @staticmethod
     def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -117,8 +126,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     # The base's weight
 
     def base_weight(self) -> Tensor:
-        """The base's weight as it was before any merging."""
-        weight: Tensor = self.get_base_layer().weight.detach()
+        """The base's weight as it was before any merging, unpacked if it is quantised."""
+        base = self.get_base_layer()
+        if is_packed(base):
+            held: Any = self._unmerged
+            return whole(base) if held is None else held.dequantize()
+        weight: Tensor = base.weight.detach()
         return weight if self._unmerged is None else self._unmerged.to(weight.device)
 
     def base_matrix(self) -> Tensor:
@@ -173,7 +186,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _change(self, scales: Mapping[str, float]) -> Tensor:
         left, right = self.factors(scales)
-        change: Tensor = (left @ right).reshape(self.get_base_layer().weight.shape)
+        change: Tensor = (left @ right).reshape(self._shape)
         return change
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -190,14 +203,22 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         ------
         NonFiniteTensor
             With ``safe_merge``.
+        QuantisedWeight
+            The base's weight is packed.
         """
         names = self._on_this_layer(check_adapters_to_merge(self, adapter_names) or [])
         if not names:
             return
+        if is_packed(self.get_base_layer()):
+            raise QuantisedWeight(
+                "The base's weight is quantised; a change added to it would be rounded away.",
+                fix="Merge into the base as it was before quantisation, or keep the adapter beside "
+                "it. QA-LoRA merges into bases quantised by groups.",
+            )
         after = self._merged | {name: self.scaling[name] for name in names}
         weight, plain = self.get_base_layer().weight, self.base_weight()
         with exact(weight):
-            total = (plain.float() + self._change(after)).to(weight.dtype)
+            total = (wide(plain) + self._change(after)).to(weight.dtype)
         if safe_merge and not torch.isfinite(total).all():
             raise NonFiniteTensor(
                 f"Merging {', '.join(names)} gives a weight that is not finite.",
@@ -229,7 +250,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.kind == "vector":
             return self._with_changed_vector(scales, x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        return result + self._through(x, *self.factors(scales)).to(result.dtype)
+        return result + self._added(x, scales).to(result.dtype)
+
+    def _added(self, x: Tensor, scales: Mapping[str, float]) -> Tensor:
+        """What the adapters at these strengths add to the output."""
+        return self._through(x, *self.factors(scales))
 
     def _through(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """What ΔW = left · right adds to the output, without forming ΔW."""

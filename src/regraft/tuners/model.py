@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, ClassVar
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 
 from regraft.errors import BadOption, WrongBase
+from regraft.subspaces.reproducible import weight_hash
 from regraft.tuners.config import TunerConfig
 from regraft.tuners.layer import DeltaLayer, Kind, kind_of
-
-
-def weight_hash(weight: Tensor) -> str:
-    """SHA-256 of a weight's dtype, shape and bytes: the same as of that tensor in a safetensors
-    file, as the subspace cache counts it."""
-    digest = hashlib.sha256(f"{weight.dtype}{list(weight.shape)}".encode())
-    plain = weight.detach().cpu().contiguous()
-    digest.update(plain.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class DeltaModel(BaseTuner):  # type: ignore[misc]

@@ -50,7 +50,7 @@ def load_onto(
     if not files:
         raise InputNotFound("The folder holds no .safetensors adapter.", file=path)
     file = TensorFile(files[0])
-    settings = _settings(file)
+    settings = settings_of(file)
     method = str(settings.get("peft_type", "")).upper()
     if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise NotAnAdapter(
@@ -105,7 +105,7 @@ def put(
         known._hf_peft_config_loaded = True
 
 
-def _settings(file: TensorFile) -> dict[str, Any]:
+def settings_of(file: TensorFile) -> dict[str, Any]:
     """What PEFT wrote beside the file, or diffusers into it."""
     beside = file.path.parent / "adapter_config.json"
     try:

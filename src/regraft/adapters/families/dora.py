@@ -18,7 +18,7 @@ OneTrainer add a machine epsilon to the norm, PEFT none; it is below rounding. A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -51,6 +51,13 @@ def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return {"loha": loha._rank, "lokr": lokr._rank, "lora": lora._rank}[_inner(shapes)](shapes)
 
 
+def _carried_as(roles: Iterable[str]) -> str:
+    return (
+        "DoRA: carried as the exact ΔW that it makes on the source; its magnitudes belong to the "
+        "source's weights."
+    )
+
+
 @family(
     name="dora",
     title="DoRA",
@@ -60,6 +67,7 @@ def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     may=("up_bias", "init_down", "init_up"),
     marks=_MAGNITUDES,
     needs_base=True,
+    carried_as=_carried_as,
     rank=_rank,
 )
 def build(module: Module) -> Built:

@@ -16,7 +16,7 @@ No writer of the authors' exists; the format is ours (docs/formats.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import pi
 
 import torch
@@ -25,11 +25,20 @@ from torch import Tensor
 from regraft.adapters.families.registry import Built, Module, family
 from regraft.adapters.families.views import out_in
 from regraft.adapters.update import LowRank
-from regraft.errors import FamilyNotYet, ShapeMismatch
+from regraft.errors import FamilyNotYet, MalformedFile, ShapeMismatch
 
 
 def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return shapes["foura_a"][0] if shapes["foura_a"] else None
+
+
+def _carried_as(roles: Iterable[str]) -> str:
+    if "foura_mask" not in roles:
+        return ""  # it never had a gate: its ΔW is all there is of it
+    return (
+        "FouRA: its gate was frozen to a fixed mask before it was saved; carried as the exact ΔW "
+        "under that mask, not as the gated adapter that was trained."
+    )
 
 
 @family(
@@ -40,6 +49,7 @@ def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     needs=[("foura_a", "foura_b")],
     may=("foura_mask",),
     marks=("foura_a", "foura_b", "foura_mask"),
+    carried_as=_carried_as,
     rank=_rank,
 )
 def build(module: Module) -> Built:
@@ -49,6 +59,13 @@ def build(module: Module) -> Built:
     a = module.tensors["foura_a"].float().flatten(1)
     b = module.tensors["foura_b"].float().flatten(1)
     mask = module.tensors.get("foura_mask")
+    gate = str(module.settings.get("gate") or "none")
+    if mask is None and gate != "none":
+        raise MalformedFile(
+            f"The settings say that the gate is {gate}, but the module {module.name} has no "
+            "foura_mask.",
+            fix="Some tool dropped it; get the adapter as it was saved.",
+        )
     if mask is not None:
         if mask.numel() != rank:
             raise ShapeMismatch(f"A mask {tuple(mask.shape)} does not fit rank {rank}.")

@@ -91,6 +91,8 @@ class Family:
         ΔW depends on the base's own weight.
     chosen : function of the settings, or None
         For families whose tensors look like another's: whether the file's settings mean this one.
+    carried_as : function of a module's roles
+        A sentence where ΔW is not simply what the file holds: what is carried in its place.
     rank : function of the roles' shapes
         The rank the file was trained at; None for families without one.
     """
@@ -105,6 +107,7 @@ class Family:
     marks: frozenset[str] = frozenset()
     needs_base: bool = False
     chosen: Callable[[Mapping[str, Any]], bool] | None = None
+    carried_as: Callable[[Iterable[str]], str] = lambda roles: ""
     rank: Callable[[Mapping[str, tuple[int, ...]]], int | None] = lambda shapes: None
 
     def fits(self, roles: Iterable[str]) -> bool:

@@ -7,10 +7,13 @@ a vector (d,) as a 1 × d matrix, of one singular value:
 
 Written by svdiff-pytorch (``<module>.delta``; δ in the order of falling σ). U, σ, V are not in the
 file: they are recomputed from the base's weight, so a base in another precision gives another ΔW
-(fp16 1–2 %, bf16 5–16 % in tests on synthetic weights). Full rank.
+(fp16 1–2 %, bf16 5–16 % in tests on synthetic weights). PEFT folders say which weight it was, by
+its hash; svdiff-pytorch's files do not. Full rank.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,6 +21,13 @@ from torch import Tensor
 from regraft.adapters.families.registry import Built, Module, family
 from regraft.adapters.update import Dense, matrix_shape
 from regraft.errors import ShapeMismatch
+
+
+def _carried_as(roles: Iterable[str]) -> str:
+    return (
+        "SVDiff: carried as the exact ΔW that its shifts make on the source at strength 1, "
+        "ReLU included; a shift means something between the source's singular vectors only."
+    )
 
 
 @family(
@@ -28,6 +38,7 @@ from regraft.errors import ShapeMismatch
     needs=[("delta",)],
     marks=("delta",),
     needs_base=True,
+    carried_as=_carried_as,
 )
 def build(module: Module) -> Built:
     """ΔW in full, through the base's singular values, each time it is asked for."""

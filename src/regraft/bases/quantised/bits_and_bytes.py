@@ -143,6 +143,22 @@ def _decode_four_bits(state: FourBits, parts: Parts) -> Tensor:
     return whole.to(getattr(torch, state.dtype)).reshape(state.shape)
 
 
+def unpacked(codes: Tensor, state: Any) -> Tensor:
+    """The numbers of 4-bit codes with bitsandbytes' own ``QuantState``, in its dtype and shape."""
+    parts = {"codes": codes, "quant_map": state.code, "absmax": state.absmax}
+    inner = state.state2 if state.nested else None
+    if inner is not None:
+        parts |= {"nested_absmax": inner.absmax, "nested_quant_map": inner.code}
+    known = FourBits(
+        tuple(state.shape),
+        str(state.dtype).removeprefix("torch."),
+        state.blocksize,
+        inner.blocksize if inner is not None else 0,
+        float(state.offset) if inner is not None else 0.0,
+    )
+    return _decode_four_bits(known, parts)
+
+
 def _scaled(values: Tensor, absmax: Tensor, size: int) -> Tensor:
     """Values in blocks of ``size`` (the last may be shorter), each times its absmax; in place."""
     full = len(values) // size * size
@@ -171,6 +187,11 @@ def _eight_bits(tensors: Names, module: str, scb: str) -> Packed:
     parts = {"codes": (tensors[name], name), "scale": (tensors[scb], scb)}
     mates = (layout,) if layout in tensors else ()
     return Packed(name, form, codes.shape, parts, _decode_eight_bits, mates)
+
+
+def unpacked_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """The numbers of LLM.int8() codes with their SCB, in fp32."""
+    return _decode_eight_bits({"codes": codes, "scale": scale})
 
 
 def _decode_eight_bits(parts: Parts) -> Tensor:

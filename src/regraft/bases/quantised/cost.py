@@ -38,11 +38,13 @@ MEASURED = {
     "bitsandbytes int8": Measured(0.7, (1.00, 1.00), (0.98, 1.00), 1.8),
     "GGUF Q8_0": Measured(0.5, (1.00, 1.00), (0.99, 1.00), 1.4),
 }
+#: The key of an adapter's metadata that names the form of the base it was trained on.
+TRAINED_ON = "regraft.base_quantised"
 #: Forms that were not measured → the measured one with as many bits.
 _LIKE = (
-    (r"GGUF (TQ|Q[123]_|IQ[123]).*|.*(GPTQ|int)\s?[23](-bit)?", ""),
+    (r"GGUF (TQ|Q[123]_|IQ[123]).*|.*(GPTQ|int)\s?[123](-bit)?", ""),
     (r"GGUF (Q4|IQ4|MXFP4).*", "GGUF Q4_0"),
-    (r"GGUF Q[56].*", "GGUF Q5_1"),
+    (r"GGUF Q[56].*|.* int[567]", "GGUF Q5_1"),
     (r"(GPTQ|AWQ) 4-bit|.* int4", "compressed-tensors int4"),
     (r".* fp8", "scaled fp8"),
     (r".* (int8|8-bit|intx)|.*int8", "bitsandbytes int8"),
@@ -88,9 +90,32 @@ def _range(pair: tuple[float, float]) -> str:
     return f"{pair[0]:.2f}" if pair[0] == pair[1] else f"{pair[0]:.2f}–{pair[1]:.2f}"
 
 
-def notes(source: Base, target: Base) -> list[str]:
-    """What a reader of a transfer between these bases should know of their storage."""
+def _unlike(form: str, source: Base) -> str:
+    """On an adapter for weights that the source given does not have."""
+    first = form.split(",")[0]
+    found = MEASURED.get(like(first))
+    off = f", which are off by {found.error:g} % (measured for {like(first)})" if found else ""
+    given = f"is quantised to {', '.join(source.quantised)}" if source.quantised else "is not"
+    return (
+        f"The adapter was trained on a base quantised to {form}: the faithful source is its "
+        f"dequantised weights{off}. The source base given {given}. Where a family or a method "
+        "reads the source's weights, it reads other ones than the adapter was trained on; to be "
+        "exact, give the quantised base as the source."
+    )
+
+
+def notes(source: Base, target: Base, trained_on: str | None = None) -> list[str]:
+    """What a reader of a transfer between these bases should know of their storage.
+
+    Parameters
+    ----------
+    source, target : Base
+    trained_on : str, optional
+        The form that the adapter's file says its base was quantised to (:data:`TRAINED_ON`).
+    """
     said = []
+    if trained_on and trained_on not in source.quantised:
+        said.append(_unlike(trained_on, source))
     if source.quantised:
         forms = ", ".join(source.quantised)
         said.append(

@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits packed into 32-bit words."""
+"""Integers of 2 to 8 bits packed into 32-bit words, and back."""
 
 from __future__ import annotations
 
@@ -45,4 +45,27 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         high = octets[..., low[straddles] + 1]
         found[..., straddles] |= high << (8 - shift[straddles])
     found &= 2**bits - 1
+    return found
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """What :func:`unpack` reads.
+
+    Parameters
+    ----------
+    values : Tensor
+        Whole numbers from 0 to 2^bits − 1, (…, count).
+    bits : int
+        2, 3, 4 or 8.
+
+    Returns
+    -------
+    Tensor
+        int32, (…, ⌈count · bits / 32⌉).
+    """
+    flags = (values.long()[..., None] >> torch.arange(bits)) & 1
+    row = flags.flatten(-2)
+    row = torch.nn.functional.pad(row, (0, -row.shape[-1] % 32))
+    words = (row.reshape(*row.shape[:-1], -1, 32) << torch.arange(32)).sum(dim=-1)
+    found: Tensor = words.to(torch.uint32).view(torch.int32)
     return found

@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,8 @@ _CLASSES = {
     "IntxUnpackedToInt8Tensor": "torchao intx",
     "Float8Tensor": "torchao fp8",
 }
+#: Kinds of integers below eight bits, which torchao keeps in a byte each.
+_FEWER = tuple(f"int{bits}" for bits in range(1, 8))
 
 
 def find(tensors: Names) -> Iterator[Packed]:
@@ -78,7 +81,7 @@ def _packed(
             tensor=front + here[0],
             fix="Give the 16-bit checkpoint it was made from, or one in torchao int8 or fp8.",
         )
-    form = _CLASSES[kind]
+    form = _form(kind, about)
     if len(here) < len(words) or "qdata" not in words:
         lost = next((w for w in words if w not in here), "qdata")
         raise malformed(form, file, front + here[0], f"the checkpoint lacks {front}{lost}")
@@ -88,19 +91,38 @@ def _packed(
     return Packed(name, form, shape, parts, partial(_decode, form, json.dumps(about)))
 
 
-def _put_together(form: str) -> Any:
-    """torchao's own function, imported without its log lines about kernels this machine lacks."""
+def _form(kind: str, about: dict[str, Any]) -> str:
+    """What users call it, with its bits where they are fewer than eight."""
+    data = about.get("_data")
+    target = data.get("target_dtype") if isinstance(data, dict) else None
+    bits = str(target.get("_data")) if isinstance(target, dict) else ""
+    fewer = kind == "IntxUnpackedToInt8Tensor" and bits in _FEWER
+    return f"torchao {bits}" if fewer else _CLASSES[kind]
+
+
+@contextmanager
+def quiet_import(form: str) -> Iterator[None]:
+    """Import torchao inside, without its log lines about kernels this machine lacks.
+
+    Raises
+    ------
+    MissingDependency
+    """
     with _importing:
         before = logging.root.manager.disable
         logging.disable(max(before, logging.WARNING))
         try:
-            from torchao.prototype.safetensors.safetensors_support import (
-                unflatten_tensor_state_dict,
-            )
+            yield
         except ImportError as error:
             raise missing(form, "torchao") from error
         finally:
             logging.disable(before)
+
+
+def _put_together(form: str) -> Any:
+    """torchao's own function."""
+    with quiet_import(form):
+        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
     return unflatten_tensor_state_dict
 
 

@@ -106,7 +106,8 @@ _BERT = {
 _T5 = _sites("o", "wo", "DenseReluDense")
 _OPT = _sites("out_proj", "fc2", None)
 
-#: transformers' model type → position → ``target_modules``; None where no one module fits.
+#: transformers' model type, or diffusers' class → position → ``target_modules``; None where no one
+#: module fits.
 SITES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"),
@@ -119,4 +120,10 @@ SITES: dict[str, dict[str, Any]] = {
     "gpt_neox": _sites("attention.dense", "mlp.dense_4h_to_h", "mlp"),
     "distilbert": _sites("attention.out_lin", "ffn.lin2", "ffn"),
     "clip_text_model": _sites("self_attn.out_proj", "mlp.fc2", "mlp"),
+    # diffusers' models have a class and no model type.
+    "UNet2DConditionModel": {
+        "houlsby": r".*\.(attn[12]\.to_out\.0|ff\.net\.2)",
+        "pfeiffer": r".*\.ff\.net\.2",
+        "parallel": r".*\.ff",
+    },
 }

@@ -20,6 +20,13 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = BottleneckLayer
     target_module_mapping: ClassVar[dict[str, Any]] = {k: v["houlsby"] for k, v in SITES.items()}
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kw: Any) -> None:
+        """As PEFT's; a diffusers model is known by its class, which PEFT does not look at."""
+        config = self.peft_config[adapter_name]
+        if config.target_modules is None and type(model).__name__ in SITES:
+            config.target_modules = SITES[type(model).__name__][config.position]
+        super().inject_adapter(model, adapter_name, *args, **kw)
+
     def _prepare_adapter_config(
         self, config: BottleneckConfig, model_config: dict[str, Any]
     ) -> BottleneckConfig:

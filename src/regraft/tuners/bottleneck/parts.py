@@ -70,6 +70,11 @@ class Bottleneck:
         return functional.linear(inner, self.up, self.up_bias) * self.scale
 
 
+def is_key(name: str) -> bool:
+    """Whether a tensor of a saved file belongs to a bottleneck adapter."""
+    return name.endswith(tuple(f".{end}" for end in _KEYS.values()))
+
+
 def from_tensors(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, Bottleneck]:

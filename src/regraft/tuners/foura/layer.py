@@ -57,7 +57,7 @@ class FouRALayer(DeltaLayer):
                 "FouRA cannot sit on a convolution with groups.",
                 fix="Leave it out with target_modules or exclude_modules.",
             )
-        shape = tuple(base.weight.shape)
+        shape = tuple(self._shape)
         if self.kind == "transposed":
             shape = shape[::-1]
         self._settings[adapter_name] = copy(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from regraft.errors import BadOption
@@ -24,8 +24,11 @@ class LoraXConfig(TunerConfig):
         ΔΣ as r numbers (all of the paper's experiments) or as an r × r matrix (its definition).
     store_bases : bool
         Keep Ũ and Ṽ in the file. Without them the file is r or r² numbers per module, but loads on
-        the very same weights only, and a full core is reproducible on the same kind of machine
-        only: close singular vectors may come out rotated among themselves elsewhere.
+        the very same weights only. With a full core it is refused where singular vectors of close
+        singular values come out turned among themselves, as they may on another kind of machine.
+    signs : dict
+        Module → for each column of Ũ the row of its largest entry, which is positive: of a full
+        core without its bases. Filled in as ``base_hashes`` is.
 
     Raises
     ------
@@ -35,6 +38,7 @@ class LoraXConfig(TunerConfig):
     r: float = 320
     core: Literal["diagonal", "full"] = "diagonal"
     store_bases: bool = True
+    signs: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,8 @@ and transformers' Conv1D as stored, in × out:
 
     ΔW = Ũ ΔΣ Ṽᵀ        Ũ (m, r), Ṽ (n, r) the top singular vectors of W0, frozen; ΔΣ = 0 at first
 
-Signs: the largest entry of each column of Ũ is positive (``regraft.subspaces``).
+Signs: the largest entry of each column of Ũ is positive (``regraft.subspaces``); where it is, is
+recorded for a matrix ΔΣ whose bases are not in the file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from regraft.errors import MalformedFile, ShapeMismatch
 from regraft.subspaces.engine import Dimension, decompose
-from regraft.tuners.layer import DeltaLayer, exact
+from regraft.subspaces.reproducible import signed
+from regraft.tuners.layer import DeltaLayer, exact, wide
 from regraft.tuners.lora_x.config import LoraXConfig
 
 
@@ -47,6 +49,8 @@ class LoraXLayer(DeltaLayer):
         self.lora_x_V = _Bases()
         #: Adapters whose bases have not come yet, from a file or from the base's weight.
         self.pending: dict[str, bool] = {}
+        #: Adapter → the recorded signs of its bases, see ``signs_of``.
+        self._signs: dict[str, list[int]] = {}
 
     def update_layer(self, adapter_name: str, config: LoraXConfig) -> None:
         """Add an adapter. One that is made for loading waits for the bases in its file."""
@@ -54,6 +58,7 @@ class LoraXLayer(DeltaLayer):
             bases.unsaved.discard(adapter_name)
             if not config.store_bases:
                 bases.unsaved.add(adapter_name)
+        self._signs.pop(adapter_name, None)
         dimension = config.dimension()
         full = config.core == "full"
         if config.inference_mode:
@@ -71,13 +76,28 @@ class LoraXLayer(DeltaLayer):
         weight = self.base_weight()
         with exact(weight):
             found = decompose(self.base_matrix(), dimension)
-            self.lora_x_U[name] = found.ut.mT.contiguous().to(weight.device)
-            self.lora_x_V[name] = found.vt.mT.contiguous().to(weight.device)
+            u, v = found.ut.mT.contiguous(), found.vt.mT.contiguous()
+            if name in self._signs:
+                u, v = signed(u, v, self._signs[name])
+            self.lora_x_U[name], self.lora_x_V[name] = u.to(weight.device), v.to(weight.device)
         self.pending.pop(name, None)
         return found.k
 
+    def expect(self, name: str, signs: list[int]) -> None:
+        """Give an adapter's bases the signs recorded for them, now or when they are computed.
+
+        Raises
+        ------
+        WrongBase
+            They are other vectors than those that were recorded.
+        """
+        self._signs[name] = signs
+        if name not in self.pending:
+            with exact(self.lora_x_U[name]):
+                self.lora_x_U[name], self.lora_x_V[name] = signed(*self.bases(name), signs)
+
     def bases(self, name: str) -> tuple[Tensor, Tensor]:
-        """An adapter's (Ũ (m, r), Ṽ (n, r)) in fp32."""
+        """An adapter's (Ũ (m, r), Ṽ (n, r)), at least fp32."""
         if name in self.pending:
             r = self.lora_x_S[name].shape[0]
             if self._decompose(name, Dimension(k=r)) != r:
@@ -85,13 +105,13 @@ class LoraXLayer(DeltaLayer):
                     f"The base's weight has fewer than the {r} singular directions of the adapter.",
                     fix="Load the base that the adapter was trained on.",
                 )
-        return self.lora_x_U[name].float(), self.lora_x_V[name].float()
+        return wide(self.lora_x_U[name]), wide(self.lora_x_V[name])
 
     def factors(self, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         left, right = [], []
         for name, scale in scales.items():
             u, v = self.bases(name)
-            core = self.lora_x_S[name].float()
+            core = wide(self.lora_x_S[name])
             left.append((u * core if core.ndim == 1 else u @ core) * scale)
             right.append(v.mT)
         if len(left) == 1:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from regraft.tuners.layer import DeltaLayer, exact
+from regraft.tuners.layer import DeltaLayer, exact, wide
 from regraft.tuners.svdiff.config import SVDiffConfig
 
 
@@ -48,7 +48,7 @@ class SVDiffLayer(DeltaLayer):
 
         Again if the model was cast since: bases in half precision are of no use.
         """
-        if self.svd_u is None or self.svd_u.dtype != torch.float32:
+        if self.svd_u is None or self.svd_u.dtype.itemsize < 4:
             with exact(self.base_weight()):
                 found = torch.linalg.svd(self.base_matrix(), full_matrices=False)
                 self.svd_u, self.svd_s, self.svd_vh = (part.contiguous() for part in found)
@@ -56,7 +56,7 @@ class SVDiffLayer(DeltaLayer):
 
     def factors(self, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         u, s, vh = self.decomposed()
-        shifts = [self.delta[name].float() * scale for name, scale in scales.items()]
+        shifts = [wide(self.delta[name]) * scale for name, scale in scales.items()]
         # ReLU(σ + γδ) − σ, without the rounding of adding and taking away σ.
         change = torch.maximum(torch.stack(shifts).sum(dim=0), -s)
         return u * change, vh

@@ -14,8 +14,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from regraft.errors import BadData, InputNotFound, MalformedFile
-from regraft.retention.data import read_data, read_pictures, read_texts
 from regraft.running import Text
+from regraft.running.data import read_data, read_pictures, read_texts
 
 
 def picture(path, size=(8, 8), colour="red", mode="RGB"):

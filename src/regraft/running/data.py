@@ -9,6 +9,7 @@ Pictures: a folder as trainers use it (a caption beside each picture in ``NAME.t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -20,7 +21,7 @@ import torch
 
 from regraft.errors import BadData, InputNotFound
 from regraft.files import TensorFile
-from regraft.running import Diffusion, Model, Pictures, Text, Texts, optional
+from regraft.running.model import Diffusion, Model, Pictures, Text, Texts, optional
 
 #: ``--data demo``: the style pictures that come with the embedded pair.
 DEMO = "demo"
@@ -60,6 +61,17 @@ def read_data(ref: str | Path, model: Model, *, limit: int | None = None) -> Pic
     if isinstance(model, Diffusion):
         return read_pictures(path, model.size, limit=limit)
     return read_texts(path, limit=limit)
+
+
+def digest(items: Pictures | Texts) -> str:
+    """SHA-256 of the items themselves, whatever files held them."""
+    if isinstance(items, Texts):
+        pairs = [(item.prompt, item.completion) for item in items.items]
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    told = json.dumps([list(items.images.shape), list(items.captions)])
+    found = hashlib.sha256(told.encode())
+    found.update(items.images.tobytes())
+    return found.hexdigest()
 
 
 def read_pictures(path: Path, size: int, *, limit: int | None = None) -> Pictures:
