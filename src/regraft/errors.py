@@ -141,3 +141,11 @@ class BadData(RegraftError):
 
 class WrongBase(RegraftError):
     """An adapter's file means something only on the weights it was trained on, not on these."""
+
+
+class QuantisedWeight(RegraftError):
+    """A change cannot be put into a quantised weight without being rounded."""
+
+
+class CannotMerge(RegraftError):
+    """The adapter has no ΔW, or the base is stored in a form that is read but not written."""

@@ -202,6 +202,23 @@ def test_what_peft_saves_whole_is_carried_or_refused_by_name(llama_model, llama_
     assert "does not have" in adapter.refused["base_model.model.score"]
 
 
+def test_a_bias_that_peft_saves_three_times_is_the_trained_one(llama_model, llama_base, tmp_path):
+    trained(llama_model, tmp_path / "in", target_modules=["q_proj"])
+    edit(tmp_path / "in", bias="all", modules_to_save=["norm"])
+    path = tmp_path / "in/adapter_model.safetensors"
+    norm = "base_model.model.model.norm"
+    named = {f"{norm}.modules_to_save.weight": 2.0, f"{norm}.original_module.weight": 1.0}
+    state = {**load_file(path), **{name: torch.full((16,), x) for name, x in named.items()}}
+    save_file({**state, f"{norm}.weight": torch.full((16,), 2.0)}, path)
+    adapter = load_adapter(tmp_path / "in", llama_base)
+    assert torch.allclose(deltas_of(adapter)["model.norm"], torch.ones(16))
+    assert len(adapter.refused) == 2
+    assert "the base's own" in adapter.refused[f"{norm}.original_module.weight"]
+    save_file({**state, f"{norm}.weight": torch.full((16,), 3.0)}, path)
+    with pytest.raises(MalformedFile, match="they differ"):
+        load_adapter(tmp_path / "in", llama_base)
+
+
 def test_a_bias_on_the_factors_of_a_layer_without_one(llama_model, llama_base, tmp_path):
     trained(llama_model, tmp_path / "in", target_modules=["q_proj"])
     path = tmp_path / "in/adapter_model.safetensors"

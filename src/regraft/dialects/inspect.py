@@ -12,6 +12,8 @@ from typing import Any
 from regraft.bases.made_for import made_for
 from regraft.bases.spelling import same_made_for
 from regraft.dialects.alphas import scales_of
+from regraft.dialects.inserted import insert_file
+from regraft.dialects.inspect_insert import insert_facts
 from regraft.dialects.kinds import component_of_name, kind_of_name
 from regraft.dialects.shapes import sizes
 from regraft.dialects.source import AdapterSource, open_source
@@ -56,6 +58,10 @@ def inspect_file(ref: str | Path, *, spectrum: bool = False) -> dict[str, Any]:
     RegraftError
         And what else :func:`regraft.dialects.source.open_source` raises.
     """
+    inserted = insert_file(locate(ref).path)
+    if inserted is not None:
+        own = inserted.open()
+        return insert_facts(inserted, own) | _hashes(own.path, dict(own.metadata))
     try:
         source = open_source(ref, allow_unknown=True)
     except FamilyNotYet as error:

@@ -17,6 +17,7 @@ from regraft.bases.native import Part
 from regraft.dialects.experts import expert_updates, stacked
 from regraft.dialects.keys import BESIDE, PEFT_PREFIX
 from regraft.dialects.lookup import Parts, resolve
+from regraft.dialects.pinned import pinned
 from regraft.dialects.scale import component_config, config_scale
 from regraft.dialects.source import AdapterSource, open_source
 from regraft.errors import FamilyNotYet, MalformedFile, RegraftError, ShapeMismatch, SitesNotInBase
@@ -26,7 +27,7 @@ from regraft.parallel import in_order
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_ENDS = (".c_attn", ".q_attn", ".c_fc", ".c_proj")
 #: Roles whose tensors are not trained numbers.
-_WHOLE_NUMBERS = ("alpha", "on_input", "ranknum")
+_WHOLE_NUMBERS = ("alpha", "on_input", "ranknum", "shira_indices")
 #: Layers that read the latents; control LoRAs give them the control image besides.
 _FIRST_LAYERS = ("x_embedder", "conv_in", "patch_embedding", "pos_embed.proj")
 #: Roles that change a bias.
@@ -84,7 +85,7 @@ def load_adapter(
         prefixed=resolution.prefixed,
         metadata=dict(source.file.metadata),
         config=dict(source.config) if source.dialect == "peft" else {},
-        notes=list(source.notes),
+        notes=[*source.notes, *_carried_as(source)],
         name=source.name,
     )
     adapter.refused |= source.refused | resolution.refused
@@ -112,6 +113,13 @@ def load_adapter(
     return adapter
 
 
+def _carried_as(source: AdapterSource) -> list[str]:
+    """What is carried in the place of forms whose ΔW is not simply what the file holds."""
+    pairs = zip(source.families.values(), source.modules.values(), strict=True)
+    said = (get_family(name).carried_as(roles) for name, roles in pairs)
+    return [sentence for sentence in dict.fromkeys(said) if sentence]
+
+
 def _updates(
     source: AdapterSource, name: str, parts: Parts, base: Base
 ) -> tuple[dict[Site, Update], dict[str, str]]:
@@ -133,7 +141,7 @@ def _updates(
     try:
         built: dict[str, Update] = {}
         for family, own in _by_family(source, name, read):
-            made = _built(family, _module(source, name, parts, own, base))
+            made = _built(family, pinned(_module(source, name, parts, own, base)))
             if made.keys() & built.keys():
                 raise MalformedFile(
                     f"The module {name} changes its {next(iter(made.keys() & built.keys()))} twice."
@@ -231,7 +239,7 @@ def _module(
         shapes = [base.at(first.with_parameter("bias")).shape]
     shape = shapes[0] if len(parts) == 1 else (sum(s[0] for s in shapes), *shapes[0][1:])
     alpha = _alpha(source, name, read.get("alpha"))
-    flat: Layout = "transposed" if _is_conv1d(first, base) else "linear"
+    flat: Layout = "transposed" if is_conv1d(first, base) else "linear"
 
     def whole(parameter: str) -> Tensor | None:
         """The weight or bias as the file's module means it, put together from its parts."""
@@ -298,7 +306,8 @@ def _rows(part: Part, update: Update) -> Rows:
     return part.rows or ((0, update.shape[0]),)
 
 
-def _is_conv1d(site: Site, base: Base) -> bool:
+def is_conv1d(site: Site, base: Base) -> bool:
+    """Whether a weight is stored as (in, out), as transformers' Conv1D does."""
     kind = base.configs.get(site.component, {}).get("model_type")
     return kind in _CONV1D and f".{site.module}".endswith(_CONV1D_ENDS)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regraft.adapters import Adapter, LowRank
 from regraft.bases import Base, architecture
+from regraft.bases.quantised.cost import TRAINED_ON
 from regraft.dialects.names import LORA_X_FORMAT
 from regraft.dialects.writers.factors import alpha_of
 from regraft.dialects.writers.naming import model_of
@@ -62,6 +63,11 @@ _IMPLEMENTATIONS = {
 }
 
 
+def surviving(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of an input's metadata is still true of an output."""
+    return {k: v for k, v in metadata.items() if k not in _DROPPED}
+
+
 def file_metadata(
     task: Task, dialect: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]
 ) -> dict[str, str]:
@@ -70,7 +76,9 @@ def file_metadata(
     The input's metadata survive (trigger words, tags, training settings) except what describes its
     own bytes, its own base, or a form it no longer has. Values are text, as the format demands.
     """
-    kept = {k: v for k, v in task.adapter.metadata.items() if k not in _DROPPED}
+    kept = surviving(task.adapter.metadata)
+    if provenance.get("operation") == "transfer":
+        kept.pop(TRAINED_ON, None)  # it spoke of the source base
     digest = data_sha256(tensors)
     found = architecture(task.target)
     meta = {**kept, "format": "pt", "sshs_model_hash": digest}

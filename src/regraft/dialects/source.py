@@ -19,6 +19,7 @@ from regraft.dialects.refused import (
     refuse_other_config,
     refuse_other_family,
     refuse_unchosen,
+    said_twice,
 )
 from regraft.dialects.scale import component_config
 from regraft.dialects.wrote import writer_of
@@ -230,7 +231,10 @@ def _group(
     for key in rest:
         meant = beside(key, config)
         if isinstance(meant, tuple):
-            modules.setdefault(meant[0], {})[meant[1]] = key
+            roles = modules.setdefault(meant[0], {})
+            first = roles.setdefault(meant[1], key)
+            if first != key:
+                refused[key] = said_twice(file, first, key)
         elif meant is None:
             unknown.append(key)
         else:
@@ -318,7 +322,8 @@ def _family(
     if meant is None:
         why = "it lacks its factors"
     else:
-        need = min(meant.needs, key=lambda need: (len(need - roles.keys()), sorted(need)))
+        odd = {need: len(roles.keys() - need - meant.may) for need in meant.needs}
+        need = min(odd, key=lambda need: (odd[need], len(need - roles.keys()), sorted(need)))
         lost = sorted(need - roles.keys())
         strange = ", ".join(sorted(roles.keys() - need - meant.may))
         why = f"it lacks {', '.join(lost)}" if lost else f"{strange} do not belong with them"

@@ -1,0 +1,149 @@
+"""What a merge reports, and what its output says of its own making."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from regraft.adapters import Adapter, Site, delta
+from regraft.adapters.families import get_family
+from regraft.bases import Base, Weight
+from regraft.files import Located
+from regraft.merge.added import Measured
+from regraft.merge.plan import tied
+from regraft.provenance import adapter_facts
+from regraft.result import MergedSite, MergeResult
+from regraft.versions import versions
+
+#: A share of ΔW lost to rounding above this is told.
+_TELL = 0.01
+
+
+def account(
+    result: MergeResult, measured: Sequence[Measured], base: Base, families: Mapping[Site, str]
+) -> None:
+    """Put what was measured into the result.
+
+    Parameters
+    ----------
+    families : mapping of Site to str
+    """
+    for m in measured:
+        weight = base.at(m.site)
+        result.sites.append(
+            MergedSite(
+                site=str(m.site),
+                family=families[m.site],
+                shape=weight.shape,
+                dtype=result.dtype or _stored(weight),
+                relative_change=_ratio(m.change, m.weight),
+                lost_to_rounding=_ratio(m.lost, m.change),
+                moved=m.moved,
+            )
+        )
+    change = math.fsum(m.change for m in measured)
+    result.relative_change = _ratio(change, math.fsum(m.weight for m in measured))
+    result.lost_to_rounding = _ratio(math.fsum(m.lost for m in measured), change)
+    floats = all(base.at(m.site).quantised is None for m in measured)
+    if result.lost_to_rounding > _TELL and floats:
+        stored = ", ".join(sorted({s.dtype for s in result.sites}))
+        result.notes.append(
+            f"{100 * result.lost_to_rounding:.1f} % of the change was lost to rounding in {stored} "
+            "(‖stored − exact‖ / ‖ΔW‖). --dtype fp32 keeps all of it, in a larger file."
+        )
+    still = sum(not m.moved for m in measured)
+    if still:
+        result.notes.append(
+            f"{still} of {len(measured)} weights stayed as they were: their change is zero, or too "
+            "small for their dtype."
+        )
+
+
+def measured_zeros(
+    adapters: Sequence[tuple[Adapter, float]], base: Base, sites: Sequence[Site], error: float
+) -> list[Measured]:
+    """The sizes of W and ΔW at every site of a merge into zero points.
+
+    ``error`` is ‖written − ΔW‖ / ‖ΔW‖ over all of them, and stands for that of each.
+    """
+    found = []
+    for site in sites:
+        terms = [(s, own.updates[site]) for own, s in adapters if site in own.updates]
+        change = torch.stack([s * delta(update) for s, update in terms]).sum(dim=0)
+        energy = float(change.double().square().sum())
+        weight = float(base.read(site).double().square().sum())
+        found.append(Measured(site, weight, energy, energy * error**2, energy > 0))
+    return found
+
+
+def _stored(weight: Weight) -> str:
+    quantised = weight.quantised
+    return str(weight.dtype).removeprefix("torch.") if quantised is None else quantised.form
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0
+
+
+def empty_result(
+    base: Base,
+    located: Sequence[Located],
+    loaded: Sequence[Adapter],
+    strengths: Sequence[float],
+    dtype: str | None,
+) -> MergeResult:
+    """What is known before a weight is read."""
+    facts = [adapter_facts(one, own) for one, own in zip(located, loaded, strict=True)]
+    sites = [site for own in loaded for site in own.updates]
+    notes = [note for own in loaded for note in own.notes]
+    return MergeResult(
+        adapters=[f | {"strength": s} for f, s in zip(facts, strengths, strict=True)],
+        base={
+            "ref": base.ref,
+            "name": base.name,
+            "revision": base.revision,
+            "sha256_of_used_weights": None,
+        },
+        sites_refused={k: why for own in loaded for k, why in own.refused.items()},
+        dtype=dtype or "",
+        notes=[*notes, *_other_names(loaded, base), *tied(base, dict.fromkeys(sites))],
+        versions=versions(),
+    )
+
+
+def _other_names(loaded: Sequence[Adapter], base: Base) -> list[str]:
+    """Notes where ΔW depends on the base and the adapter calls its base something else."""
+    notes = []
+    for own in loaded:
+        said = str(own.config.get("base_model_name_or_path") or "").rstrip("/")
+        needing = sorted({f for f in own.families.values() if get_family(f).needs_base})
+        if needing and said.rpartition("/")[2] not in ("", base.name.rpartition("/")[2]):
+            notes.append(
+                f"ΔW of {', '.join(needing)} was computed from {base.name}; {own.name} says that "
+                f"it was made for {said}."
+            )
+    return notes
+
+
+def provenance(result: MergeResult, sha: str, before: str | None) -> dict[str, Any]:
+    """What the output says of its own making: nothing that differs between two equal runs."""
+    story: dict[str, Any] = {
+        "format": 1,
+        "operation": "merge",
+        "adapters": [{k: v for k, v in a.items() if k != "ref"} for a in result.adapters],
+        "base": {k: v for k, v in result.base.items() if k != "ref"}
+        | {"sha256_of_used_weights": sha},
+        "sites_refused": result.sites_refused,
+        "dtype": result.dtype or None,
+        "versions": result.versions,
+    }
+    if before is not None:  # the base was made by Regraft itself
+        try:
+            story["before"] = json.loads(before)
+        except (ValueError, RecursionError):
+            story["before"] = before
+    return story
