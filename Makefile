@@ -55,7 +55,7 @@ retention-quick: setup
 	$(BIN)/python -m benchmarks.retention --quick --out benchmarks/.work/quick --docs benchmarks/.work/quick
 
 docs: setup
-	$(BIN)/cog -r docs/cli.md docs/families.md docs/formats.md
+	$(BIN)/cog -r docs/cli.md docs/families.md docs/formats.md docs/methods/families/README.md
 
 lab: setup
 	$(BIN)/python -m lab.build

@@ -47,7 +47,7 @@ def test_the_page_of_families_is_up_to_date(capsys):
     assert Cog().main(["cog", "--check", str(page)]) == 0, (
         f"run `make docs`\n{capsys.readouterr().out}"
     )
-    named = re.findall(r"^\| `([\w-]+)` \|", text(page), flags=re.MULTILINE)
+    named = re.findall(r"^\| \[`([\w-]+)`\]\(", text(page), flags=re.MULTILINE)
     assert named == [family.name for family in families()]
 
 

@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from regraft.cli.main import app
 from regraft.dialects import DIALECTS
-from regraft.methods import methods
+from regraft.methods import insert_methods, methods
 from regraft.transfer import DTYPES
 from tests.docs.pages import BY_NAME, ROOT, blocks, commands, prose, text
 from tests.methods.worlds import make_base, moved, write_lora
@@ -24,7 +24,7 @@ LINES = [(name, words) for name, page in BY_NAME.items() for words in commands(p
 FOREIGN = {"--group"}
 #: Values that are checked only when a command runs.
 VALUES = {
-    "method": {"auto", *(m.name for m in methods())},
+    "method": {"auto", *(m.name for m in (*methods(), *insert_methods()))},
     "dialect": {None, *DIALECTS},
     "dtype": {None, *DTYPES},
     "align": {"none", "rank-order"},
