@@ -11,8 +11,9 @@ from regraft.convert import convert
 from regraft.dialects import inspect_file, load_adapter
 from regraft.errors import RegraftError
 from regraft.files import allow_pickles
+from regraft.merge import merge
 from regraft.methods import methods
-from regraft.result import ConvertResult, TransferResult, VerifyResult
+from regraft.result import ConvertResult, MergeResult, TransferResult, VerifyResult
 from regraft.retention.measure import measure
 from regraft.transfer import transfer
 from regraft.verify import verify
@@ -23,6 +24,7 @@ __version__ = regraft_version()
 __all__ = [
     "Base",
     "ConvertResult",
+    "MergeResult",
     "RegraftError",
     "TransferResult",
     "VerifyResult",
@@ -33,6 +35,7 @@ __all__ = [
     "inspect_file",
     "load_adapter",
     "measure",
+    "merge",
     "methods",
     "open_base",
     "transfer",

@@ -145,6 +145,69 @@ class ConvertResult:
 
 
 @dataclass(frozen=True)
+class MergedSite:
+    """One merged weight.
+
+    ``relative_change`` is ‖ΔW‖ / ‖W‖ (Frobenius, strength included), ``lost_to_rounding``
+    ‖stored − exact‖ / ‖ΔW‖. ``dtype`` is what it is stored in; ``moved`` says whether any stored
+    number differs.
+    """
+
+    site: str
+    family: str
+    shape: tuple[int, ...]
+    dtype: str
+    relative_change: float
+    lost_to_rounding: float
+    moved: bool
+
+
+@dataclass
+class MergeResult:
+    """Everything a merge reports.
+
+    Attributes
+    ----------
+    adapters : list of dict
+        With the strength of each.
+    relative_change, lost_to_rounding : float
+        As in :class:`MergedSite`, over all sites together.
+    files : list of str
+        Weight files that were made anew, by their path in the output.
+    sites_refused : dict
+        Site or tensor name → reason.
+    dtype : str
+        What was asked for; empty where every weight kept its own.
+    bytes_out : int
+        Of the whole output.
+    """
+
+    adapters: list[dict[str, Any]]
+    base: dict[str, Any]
+    sites: list[MergedSite] = field(default_factory=list)
+    sites_refused: dict[str, str] = field(default_factory=dict)
+    relative_change: float = 0.0
+    lost_to_rounding: float = 0.0
+    output: str | None = None
+    files: list[str] = field(default_factory=list)
+    dtype: str = ""
+    bytes_out: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> MergedSite | None:
+        """The site that changed most, relative to its weight."""
+        return max(self.sites, key=lambda site: site.relative_change, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        largest = self.largest
+        return {**asdict(self), "largest": None if largest is None else largest.site}
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that was looked at: ``status`` is "passed", "failed" or "inconclusive"."""
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from regraft import provenance
 from regraft.adapters import Adapter
 from regraft.bases import Base, open_base
+from regraft.bases.quantised.cost import TRAINED_ON
 from regraft.bases.quantised.cost import notes as quantised_notes
 from regraft.crossing import Crossing, Progress, energies_of, silent
 from regraft.dialects import DIALECTS, load_adapter, write_adapter
+from regraft.dialects.inserted import is_insert
 from regraft.dialects.write import holdable
 from regraft.errors import BadOption, NothingCarried, NotRecommended
 from regraft.files import Located, locate
 from regraft.files.atomic import check_free
-from regraft.methods import MethodOptions, get_method
+from regraft.methods import MethodOptions, get_insert_method, get_method, methods
 from regraft.methods.choose import Verdict, choose
 from regraft.methods.predict import CURVE
 from regraft.pairing import Pairing, pair_sites
@@ -52,6 +53,7 @@ def transfer(
     cross_terms: bool = False,
     align: Literal["none", "rank-order"] = "none",
     pairing: Literal["auto", "name", "similarity"] = "auto",
+    calibration: str | Path | None = None,
     dtype: str | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -67,7 +69,9 @@ def transfer(
     Parameters
     ----------
     adapter : str, Path or Located
-        Hub id, PEFT folder, or single ``.safetensors`` file; or where one was found.
+        Hub id, PEFT folder, or single ``.safetensors`` file; or where one was found. Prompts,
+        prefixes and bottlenecks take :mod:`regraft.inserts`' own line: options that speak of a
+        change of weights are errors there.
     source, target : str, Path or Base
         The base it was trained on, and the base it shall work on.
     output : str or Path, optional
@@ -93,12 +97,15 @@ def transfer(
         See :class:`regraft.methods.MethodOptions`.
     pairing : str
         "auto", "name" or "similarity".
+    calibration : str or Path, optional
+        For activation-map: texts, or pictures with captions, to fit the map on; see
+        :func:`regraft.running.data.read_data`. Default: samples of the source base itself.
     dtype : "fp32", "fp16" or "bf16", optional
         Of the output; default the input's.
     device : str
         Where weights are decomposed: "auto", "cpu", "cuda", …
     seed : int
-        Recorded. No method of this version draws random numbers.
+        Of the samples that activation-map is fitted on. No other method draws random numbers.
     name : str, optional
         What the output's metadata call the adapter; default its repository's or file's own name.
     allow_unknown : bool
@@ -128,22 +135,51 @@ def transfer(
         cross_terms=cross_terms,
         align=align,
     )
-    if method != "auto":
-        get_method(method)
     check_output(dialect, dtype, None if dry_run else output)
     _check_rank(rank, rank_energy)
-    if method != "auto":
-        get_method(method).check(options)
     for path in (output, report):
         if path is not None and not dry_run:
             check_free(Path(path), overwrite=overwrite)
+    located = adapter if isinstance(adapter, Located) else locate(adapter)
+    if is_insert(located):
+        given = {
+            "dialect": dialect not in (None, "peft"),
+            "rank": rank,
+            "pairing": pairing != "auto",
+        }
+        _check_insert(method, options, {**given, "rank_energy": rank_energy}, output)
+        from regraft.inserts.transfer import transfer_insert
+
+        return transfer_insert(
+            located,
+            source=source,
+            target=target,
+            library=library or SubspaceLibrary(device=device),
+            output=output,
+            method=method,
+            calibration=calibration,
+            report=report,
+            dtype=DTYPES[dtype] if dtype else None,
+            seed=seed,
+            name=name,
+            allow_unknown=allow_unknown,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if method != "auto":
+        get_method(method).check(options)
+    if calibration is not None:
+        raise BadOption(
+            "Calibration data are for activation-map; this adapter changes weights.",
+            fix="Leave out --calibration.",
+        )
     source_base = source if isinstance(source, Base) else open_base(source)
     target_base = target if isinstance(target, Base) else open_base(target)
     library = library or SubspaceLibrary(device=device)
     before = library.decompositions
-    located = adapter if isinstance(adapter, Located) else locate(adapter)
     loaded = load_adapter(located.path, source_base, allow_unknown=allow_unknown)
-    loaded.name = name or adapter_name(located, loaded.name)
+    loaded.name = name or provenance.adapter_name(located, loaded.name)
     energies = energies_of(loaded)
     total = sum(energies.values())
     if total == 0:
@@ -204,7 +240,7 @@ def transfer(
             Path(output),
             dialect=result.dialect,
             dtype=stored,
-            provenance=_provenance(result),
+            provenance=provenance.of_transfer(result),
             overwrite=overwrite,
         )
         result.output, result.sha256 = str(output), written.sha256
@@ -213,6 +249,24 @@ def transfer(
     if report is not None and not dry_run:
         _report(result, Path(report), overwrite)
     return result
+
+
+def _check_insert(
+    method: str, options: MethodOptions, given: Mapping[str, object], output: str | Path | None
+) -> None:
+    """Raise :class:`BadOption` for what means nothing to an adapter that changes no weight."""
+    if method != "auto":
+        get_insert_method(method, tuple(m.name for m in methods()))
+    plain, told = MethodOptions().to_dict(), options.to_dict()
+    named = [name for name, value in given.items() if value]
+    named += [name for name, value in told.items() if value != plain[name]]
+    if named:
+        raise BadOption(
+            f"The option {named[0].replace('_', '-')} speaks of changes of weights, and this "
+            "adapter changes none.",
+            fix="Leave it out.",
+        )
+    check_output("peft", None, output)
 
 
 def _leave_out(result: TransferResult, refused: Mapping[str, str]) -> None:
@@ -273,36 +327,6 @@ def default_dialect(loaded: str, output: str | Path | None) -> str:
     return loaded
 
 
-def adapter_name(located: Located, read: str) -> str:
-    """What to call an adapter: its repository's own name, or what its file says."""
-    return located.repo.rpartition("/")[2] if located.repo else read
-
-
-def adapter_facts(located: Located, loaded: Adapter) -> dict[str, Any]:
-    """What results say of the adapter; all but its ``ref`` goes into provenance."""
-    return {
-        "ref": located.ref,
-        "name": loaded.name,
-        "repo": located.repo,
-        "revision": located.revision,
-        "family": loaded.family,
-        "dialect": loaded.dialect,
-        "rank": loaded.rank,
-        "sites": len(loaded.updates),
-        "prefixed": loaded.prefixed,
-        "sha256": loaded.sha256,
-        "config_sha256": _config_sha256(loaded.config),
-        "trigger_words": loaded.metadata.get("modelspec.trigger_phrase", ""),
-    }
-
-
-def _config_sha256(config: Mapping[str, Any]) -> str | None:
-    """A PEFT config's hash: its scale is not in the weights file. None without one."""
-    if not config:
-        return None
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
 def _stored_dtype(loaded: Adapter) -> torch.dtype:
     """What most of its updates are stored in."""
     dtype = Counter(update.dtype for update in loaded.updates.values()).most_common(1)[0][0]
@@ -329,46 +353,19 @@ def _empty_result(
         why=verdict.why,
         method="none",
         parameters={},
-        adapter=adapter_facts(located, loaded),
-        source=_base_facts(source, loaded.updates, library),
-        target=_base_facts(target, targets, library),
+        adapter=provenance.adapter_facts(located, loaded),
+        source=provenance.base_facts(source, loaded.updates, library),
+        target=provenance.base_facts(target, targets, library),
         evidence=evidence,
         pairing=paired.how,
         predicted={"copy": predicted},
         sites_refused=refused,
-        notes=[*loaded.notes, *quantised_notes(source, target)],
+        notes=[
+            *loaded.notes,
+            *quantised_notes(source, target, loaded.metadata.get(TRAINED_ON)),
+        ],
         versions=versions(),
     )
-
-
-def _base_facts(base: Base, sites: Any, library: SubspaceLibrary) -> dict[str, Any]:
-    return {
-        "ref": base.ref,
-        "name": base.name,
-        "revision": base.revision,
-        "quantised": base.quantised,
-        "sha256_of_used_weights": library.base_hash(base, sites),
-    }
-
-
-def _provenance(result: TransferResult) -> dict[str, Any]:
-    """What the file says of its own making: nothing that differs between two equal runs."""
-    drop = ("ref",)
-    return {
-        "format": 1,
-        "operation": "transfer",
-        "adapter": {k: v for k, v in result.adapter.items() if k not in drop},
-        "source": {k: v for k, v in result.source.items() if k not in drop},
-        "target": {k: v for k, v in result.target.items() if k not in drop},
-        "method": result.method,
-        "parameters": result.parameters,
-        "verdict": result.verdict,
-        "energy_kept": round(result.energy_kept, 6),
-        "sites_refused": result.sites_refused,
-        "dtype": result.dtype,
-        "dialect": result.dialect,
-        "versions": result.versions,
-    }
 
 
 def _report(result: TransferResult, path: Path, overwrite: bool) -> None:

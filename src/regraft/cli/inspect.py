@@ -18,7 +18,9 @@ from regraft.pairing import kind_of
 
 #: Shown under one name, in this order; the rest of --json stays in --json.
 _ROWS = (
-    "kind", "file", "title", "family", "why", "families", "dialect", "writer", "made_for",
+    "kind", "file", "title", "family", "changes", "virtual_tokens", "embedding_width", "layers",
+    "key_heads", "key_width", "width", "position", "activation", "why",
+    "families", "dialect", "writer", "made_for",
     "made_for_by_metadata", "name", "revision", "architecture", "quantised", "components", "sites",
     "tensors", "sites_by_component", "sites_by_kind", "ranks", "alpha", "alpha_from", "scale",
     "dtypes", "parameters", "bytes", "trigger_words", "concepts", "tags", "training", "zero_sites",

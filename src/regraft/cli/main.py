@@ -13,6 +13,7 @@ from regraft.cli import convert as _convert
 from regraft.cli import demo as _demo
 from regraft.cli import inspect as _inspect
 from regraft.cli import measure as _measure
+from regraft.cli import merge as _merge
 from regraft.cli import methods as _methods
 from regraft.cli import train as _train
 from regraft.cli import transfer as _transfer
@@ -50,6 +51,7 @@ def options(
 
 app.command("transfer")(_transfer.transfer_command)
 app.command("convert")(_convert.convert_command)
+app.command("merge")(_merge.merge_command)
 app.command("verify")(_verify.verify_command)
 app.command("inspect")(_inspect.inspect_command)
 app.command("compare")(_compare.compare_command)

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from regraft.cli.screen import print_json, stdout
-from regraft.methods import methods
+from regraft.methods import insert_methods, methods
 
 
 def methods_command(
@@ -16,12 +16,15 @@ def methods_command(
 ) -> None:
     """List every method with its needs, paper and cost."""
     listed = [m.describe() for m in methods()]
+    listed += [m.describe() for m in insert_methods()]
     if json:
         print_json(listed)
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "what it does", "needs", "cost", "paper"):
+    table.add_column("method", no_wrap=True)
+    for column in ("carries", "what it does", "needs", "cost", "paper"):
         table.add_column(column, overflow="fold")
     for m in listed:
-        table.add_row(m["name"], m["title"], "; ".join(m["needs"]), m["cost"], m["paper"])
+        carries, needs = ", ".join(m["carries"]), "; ".join(m["needs"])
+        table.add_row(m["name"], carries, m["title"], needs, m["cost"], m["paper"])
     stdout().print(table)

@@ -47,7 +47,9 @@ def transfer_command(
         Path | None,
         typer.Option("-o", "--output", help="File to write (folder for --dialect peft)."),
     ] = None,
-    method: Annotated[str, typer.Option(help="auto, copy, lora-x or prolora.")] = "auto",
+    method: Annotated[
+        str, typer.Option(help="auto, copy, lora-x or prolora; for inserts activation-map.")
+    ] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
     dialect: Annotated[
         str | None,
@@ -73,11 +75,15 @@ def transfer_command(
         str, typer.Option(help="lora-x on unequal shapes: none or rank-order (§4.2.2).")
     ] = "none",
     pairing: Annotated[str, typer.Option(help="auto, name or similarity.")] = "auto",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="activation-map: texts or pictures to fit on. Default: own samples."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. Default: the input's.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    seed: Annotated[int, typer.Option(help="Recorded; no method here is random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of activation-map's own samples.")] = 0,
     allow_unknown: AllowUnknown = False,
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -106,6 +112,7 @@ def transfer_command(
                 cross_terms=cross_terms,
                 align=cast(Literal["none", "rank-order"], align),
                 pairing=cast(Literal["auto", "name", "similarity"], pairing),
+                calibration=calibration,
                 dtype=dtype,
                 device=device,
                 seed=seed,
@@ -137,9 +144,13 @@ def _summary(result: TransferResult) -> None:
         "energy kept",
         f"{percent(result.energy_kept)} (plain copy {percent(result.energy_kept_by_copy)})",
     )
-    table.add_row(
-        "predicted R", f"{number(result.predicted.get(result.method), 2)} (copy {copied})"
-    )
+    if result.predicted:
+        guess = number(result.predicted.get(result.method), 2)
+        table.add_row("predicted R", f"{guess} (copy {copied})")
+    if "fit" in result.evidence:
+        followed = number(result.evidence["followed"], 2)
+        fit = number(result.evidence["fit"], 2)
+        table.add_row("change followed", f"{followed} (fit of the map: R² {fit})")
     table.add_row("written", clean(result.output or "nothing (dry run)"))
     if result.sha256:
         table.add_row("sha256", result.sha256)

@@ -13,9 +13,13 @@ _CODES = {"passed": 0, "failed": 1, "inconclusive": 3}
 
 
 def verify_command(
-    out: Annotated[str, typer.Argument(help="What transfer or convert wrote: file or folder.")],
+    out: Annotated[str, typer.Argument(help="What transfer, convert or merge wrote.")],
     adapter: Annotated[
-        str | None, typer.Option(help="The input adapter. Default: the recorded hub id.")
+        list[str] | None,
+        typer.Option(
+            help="The input adapter; repeat it for a merge of several. Default: the recorded hub "
+            "id."
+        ),
     ] = None,
     source: Annotated[
         str | None, typer.Option("--from", help="The source base of a transfer.")
@@ -23,7 +27,10 @@ def verify_command(
     target: Annotated[
         str | None, typer.Option("--to", help="The target base of a transfer.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base of a conversion.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base of a conversion or a merge.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="The calibration data of a transfer, if it had any.")
+    ] = None,
     allow_pickle: AllowPickle = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
@@ -31,7 +38,13 @@ def verify_command(
     """Replay what a file's provenance says, and compare: passed, failed or inconclusive."""
     with pickles(allow_pickle), progress(quiet) as follow:
         result = verify(
-            out, adapter=adapter, source=source, target=target, base=base, progress=follow
+            out,
+            adapter=adapter,
+            source=source,
+            target=target,
+            base=base,
+            calibration=calibration,
+            progress=follow,
         )
     if json:
         print_json(result.to_dict())

@@ -29,9 +29,10 @@ from regraft.errors import BadOption, MalformedFile, NonFiniteTensor, NothingCar
 from regraft.files import Located, locate
 from regraft.files.atomic import check_free
 from regraft.parallel import in_order, single_threaded
+from regraft.provenance import adapter_facts, adapter_name
 from regraft.result import ConvertedSite, ConvertResult
 from regraft.subspaces import SubspaceLibrary
-from regraft.transfer import DTYPES, adapter_facts, adapter_name, check_output, default_dialect
+from regraft.transfer import DTYPES, check_output, default_dialect
 from regraft.versions import versions
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -7,9 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from regraft.adapters import Adapter, Site, delta
+from regraft.adapters import Adapter, Site
 from regraft.adapters.families import get_family
 from regraft.bases import Base, Weight
 from regraft.files import Located
@@ -63,23 +61,6 @@ def account(
         )
 
 
-def measured_zeros(
-    adapters: Sequence[tuple[Adapter, float]], base: Base, sites: Sequence[Site], error: float
-) -> list[Measured]:
-    """The sizes of W and ΔW at every site of a merge into zero points.
-
-    ``error`` is ‖written − ΔW‖ / ‖ΔW‖ over all of them, and stands for that of each.
-    """
-    found = []
-    for site in sites:
-        terms = [(s, own.updates[site]) for own, s in adapters if site in own.updates]
-        change = torch.stack([s * delta(update) for s, update in terms]).sum(dim=0)
-        energy = float(change.double().square().sum())
-        weight = float(base.read(site).double().square().sum())
-        found.append(Measured(site, weight, energy, energy * error**2, energy > 0))
-    return found
-
-
 def _stored(weight: Weight) -> str:
     quantised = weight.quantised
     return str(weight.dtype).removeprefix("torch.") if quantised is None else quantised.form
@@ -129,19 +110,33 @@ def _other_names(loaded: Sequence[Adapter], base: Base) -> list[str]:
     return notes
 
 
-def provenance(result: MergeResult, sha: str, before: str | None) -> dict[str, Any]:
-    """What the output says of its own making: nothing that differs between two equal runs."""
+def provenance(
+    result: MergeResult, parameters: Mapping[str, bool], sha: str, before: str | None
+) -> dict[str, Any]:
+    """What the output says of its own making: nothing that differs between two equal runs.
+
+    Parameters
+    ----------
+    result : MergeResult
+    parameters : mapping of str to bool
+        Options of :func:`regraft.merge` that decide whether there is an output.
+    sha : str
+        Hash of the base's weights that change.
+    before : str, optional
+        The base's own story, where Regraft made the base.
+    """
     story: dict[str, Any] = {
         "format": 1,
         "operation": "merge",
         "adapters": [{k: v for k, v in a.items() if k != "ref"} for a in result.adapters],
         "base": {k: v for k, v in result.base.items() if k != "ref"}
         | {"sha256_of_used_weights": sha},
+        "parameters": dict(parameters),
         "sites_refused": result.sites_refused,
         "dtype": result.dtype or None,
         "versions": result.versions,
     }
-    if before is not None:  # the base was made by Regraft itself
+    if before is not None:
         try:
             story["before"] = json.loads(before)
         except (ValueError, RecursionError):

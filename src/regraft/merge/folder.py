@@ -46,7 +46,7 @@ class Layout:
         Weight files that are written anew.
     copied : dict of str to Path
     edited : dict of str to bytes
-        JSON files that speak of dtypes or sizes.
+        Files with new content: JSON that speaks of dtypes or sizes, and what the merge adds.
     left_out : list of str
         Weight files that are neither: other copies of the unmerged model.
     """
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def names(self) -> set[str]:
-        return {*self.made, *self.copied, *self.edited, PROVENANCE}
+        return {*self.made, *self.copied, *self.edited}
 
 
 def lay_out(
@@ -80,11 +80,11 @@ def lay_out(
     changed_names = {_inside(f.path, folder) for f in changed}
     components = {_parent(name) for name in changed_names}
     layout = Layout()
-    for name in sorted(_walk(folder)):
+    for name in sorted(walk(folder)):
         path, parent = folder / name, _parent(name)
         if name in changed_names or (whole and name in used_by_name and parent in components):
             layout.made[name] = used_by_name[name]
-        elif name in used_by_name or not _is_weights(name):
+        elif name in used_by_name or not is_weights(name):
             if not _stale_index(path, parent, used_by_name, components) and name != PROVENANCE:
                 layout.copied[name] = path
         elif _belongs(folder, parent, components):
@@ -102,7 +102,8 @@ def _parent(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, by its name's end."""
     return name.endswith(_WEIGHTS)
 
 
@@ -126,7 +127,7 @@ def _stale_index(
     return not {f"{front}{shard}" for shard in shards} <= set(used)
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def walk(folder: Path) -> Iterator[str]:
     """Files by their path in the folder; hidden ones (caches, git) are not the model's."""
     seen: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
@@ -196,17 +197,20 @@ def check_space(where: Path, needed: int) -> None:
         )
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a file's content (not a link to it) and make it durable."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    sync(target)
+def left_out(layout: Layout) -> list[str]:
+    """A note on weights that are not copied."""
+    if not layout.left_out:
+        return []
+    listed = ", ".join(layout.left_out[:5]) + (" …" if len(layout.left_out) > 5 else "")
+    return [f"Not copied, since they hold the unmerged weights: {listed}."]
 
 
-def sync(path: Path) -> None:
-    """Make a file's content durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def finish(layout: Layout, folder: Path) -> int:
+    """Put what is not made anew into the new folder; gives the size of all its files in bytes."""
+    for name, source in layout.copied.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)  # the content, where the hub's cache has a link
+    for name, content in layout.edited.items():
+        (folder / name).write_bytes(content)
+    return sum((folder / name).stat().st_size for name in layout.names)

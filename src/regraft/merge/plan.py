@@ -14,7 +14,7 @@ from regraft.files.gguffile import GGUFFile
 from regraft.files.pickle_gate import original
 from regraft.merge.added import Part
 from regraft.merge.stream import Changes
-from regraft.merge.zeros import has_zeros
+from regraft.merge.zero_points import has_zeros
 
 #: Families that change activations → where they act.
 _WHERE = {

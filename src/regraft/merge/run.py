@@ -22,16 +22,16 @@ from regraft.dialects.source import open_source
 from regraft.errors import BadOption, NothingCarried, OutputExists, PickleRefused
 from regraft.files import Located, TensorFile, atomic_file, atomic_folder, locate
 from regraft.files.atomic import check_free
-from regraft.merge.account import account, empty_result, measured_zeros, provenance
+from regraft.merge.account import account, empty_result, provenance
 from regraft.merge.added import Measured
 from regraft.merge.folder import (
     PROVENANCE,
     Layout,
     check_space,
-    copy,
     edit_dtypes,
+    finish,
     lay_out,
-    sync,
+    left_out,
 )
 from regraft.merge.plan import changes_of, moves_zeros, pickled_base, refuse_base, refuse_insert
 from regraft.merge.stream import Changes, rewrite, size_of
@@ -42,9 +42,6 @@ from regraft.result import MergeResult
 from regraft.subspaces import SubspaceLibrary
 from regraft.transfer import DTYPES
 
-#: Metadata of a checkpoint that describe its bytes.
-_STALE = ("modelspec.hash_sha256",)
-
 
 @single_threaded()
 def merge(
@@ -54,6 +51,7 @@ def merge(
     output: str | Path,
     strength: float | Sequence[float] = 1.0,
     dtype: str | None = None,
+    name: str | Sequence[str] | None = None,
     allow_unknown: bool = False,
     lossy: bool = False,
     overwrite: bool = False,
@@ -79,6 +77,8 @@ def merge(
     dtype : "fp32", "fp16" or "bf16", optional
         Store every floating-point weight of the file, or of each component that changes, in it.
         Default: each weight as it is.
+    name : str or sequence of str, optional
+        What the output calls each adapter; default its repository's or file's own name.
     allow_unknown : bool
         Leave out tensors of the adapters that fit no rule, and record them; else they are an error.
     lossy : bool
@@ -109,6 +109,9 @@ def merge(
     started = time.perf_counter()
     given = [adapter] if isinstance(adapter, str | Path | Located) else list(adapter)
     strengths = _strengths(strength, len(given))
+    names = [name] if isinstance(name, str) else list(name or [None] * len(given))
+    if len(names) != len(given):
+        raise BadOption(f"{len(given)} adapter(s) and {len(names)} name(s) were given.")
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"No dtype {dtype!r}.", fix=f"Choose one of {', '.join(DTYPES)}.")
     out = Path(output)
@@ -117,12 +120,12 @@ def merge(
     for one in located:
         refuse_insert(one)
         open_source(one.path, allow_unknown=allow_unknown)  # fails before the base is looked at
-    opened = base if isinstance(base, Base) else _open(base)
+    opened = base if isinstance(base, Base) else open_whole(base)
     refuse_base(opened)
     _check_names(opened, out, located)
     loaded = [load_adapter(one.path, opened, allow_unknown=allow_unknown) for one in located]
-    for one, own in zip(located, loaded, strict=True):
-        own.name = adapter_name(one, own.name)
+    for one, own, called in zip(located, loaded, names, strict=True):
+        own.name = called or adapter_name(one, own.name)
     sites = list(dict.fromkeys(site for own in loaded for site in own.updates))
     zeros = moves_zeros(opened, loaded)
     if zeros and dtype is not None:
@@ -137,13 +140,14 @@ def merge(
         changes,
         out,
         DTYPES[dtype] if dtype else None,
+        {"allow_unknown": allow_unknown, "lossy": lossy and zeros},
         overwrite,
         library or SubspaceLibrary(device="cpu"),
         progress,
     )
     result = empty_result(opened, located, loaded, strengths, dtype)
     if zeros:
-        measured = _zeros(job, result, list(zip(loaded, strengths, strict=True)), lossy)
+        measured = _zeros(job, result, list(zip(loaded, strengths, strict=True)))
     else:
         measured = _file(job, result) if opened.path.is_file() else _folder(job, result)
     families = {site: own.families.get(site, own.family) for own in loaded for site in own.updates}
@@ -162,9 +166,24 @@ class _Job:
     changes: list[tuple[TensorFile, Changes]]
     out: Path
     dtype: torch.dtype | None
+    parameters: dict[str, bool]
     overwrite: bool
     library: SubspaceLibrary
     progress: Progress
+
+    def story(self, result: MergeResult, sha: str) -> str:
+        """What the output says of its making, as JSON; ``sha`` is the hash of :meth:`hashing`."""
+        if self.base.path.is_file():
+            before = next(iter(self.base.weights.values())).file.metadata.get("regraft")
+        else:
+            said = self.base.path / PROVENANCE
+            before = said.read_text(encoding="utf-8", errors="replace") if said.is_file() else None
+        story = provenance(result, self.parameters, sha, before)
+        indent = None if self.base.path.is_file() else 2
+        return json.dumps(story, indent=indent, sort_keys=True, ensure_ascii=False)
+
+    def tell(self, before: int, count: int) -> None:
+        self.progress("merging", before + count, len(self.sites))
 
     @contextmanager
     def hashing(self) -> Iterator[Callable[[], str]]:
@@ -194,8 +213,16 @@ def _strengths(strength: float | Sequence[float], count: int) -> list[float]:
     return [float(s) for s in found]
 
 
-def _open(ref: str | Path) -> Base:
-    """The base; from the hub with all that running it needs, so that the output runs too."""
+def open_whole(ref: str | Path) -> Base:
+    """The base; from the hub with all that running it needs, so that the output runs too.
+
+    Raises
+    ------
+    CannotMerge
+        It is a pickle.
+    RegraftError
+        As :func:`regraft.bases.open_base`.
+    """
     try:
         located = locate(ref, to_run=True)
         opened = open_base(located.path)
@@ -229,11 +256,9 @@ def _file(job: _Job, result: MergeResult) -> list[Measured]:
     """A single checkpoint; its provenance is in its metadata."""
     ((file, changes),) = job.changes
     check_space(job.out.parent, size_of(file, job.dtype) + (1 << 20))
-    said = {k: v for k, v in file.metadata.items() if k not in (*_STALE, "regraft")}
 
     def metadata(sha: str) -> Mapping[str, str]:
-        story = provenance(result, sha, file.metadata.get("regraft"))
-        return said | {"regraft": json.dumps(story, sort_keys=True, ensure_ascii=False)}
+        return file.metadata | {"regraft": job.story(result, sha)}
 
     with atomic_file(job.out, overwrite=job.overwrite) as temporary, job.hashing() as sha:
         measured = rewrite(
@@ -243,7 +268,7 @@ def _file(job: _Job, result: MergeResult) -> list[Measured]:
             dtype=job.dtype,
             metadata=lambda: metadata(sha()),
             draft=metadata("0" * 64),
-            done=partial(_tell, job, 0),
+            done=partial(job.tell, 0),
         )
         result.base["sha256_of_used_weights"] = sha()
         _check_moved(measured, job)
@@ -257,7 +282,7 @@ def _folder(job: _Job, result: MergeResult) -> list[Measured]:
     layout = _layout(job, result)
     by_file = {id(file): changes for file, changes in job.changes}
     measured: list[Measured] = []
-    names = layout.names
+    names = {*layout.names, PROVENANCE}
     with (
         atomic_folder(job.out, overwrite=job.overwrite, replaceable=names) as folder,
         job.hashing() as sha,
@@ -270,44 +295,35 @@ def _folder(job: _Job, result: MergeResult) -> list[Measured]:
                 target,
                 by_file.get(id(file), {}),
                 dtype=job.dtype,
-                done=partial(_tell, job, len(measured)),
+                done=partial(job.tell, len(measured)),
             )
-            sync(target)
         _check_moved(measured, job)
-        for name, path in layout.copied.items():
-            copy(path, folder / name)
         result.base["sha256_of_used_weights"] = sha()
-        story = provenance(result, sha(), _before(job.base.path / PROVENANCE))
-        for name, content in {**layout.edited, PROVENANCE: _pretty(story).encode()}.items():
-            (folder / name).write_bytes(content)
-            sync(folder / name)
+        layout.edited[PROVENANCE] = f"{job.story(result, sha())}\n".encode()
+        result.bytes_out = finish(layout, folder)
     result.files = list(layout.made)
-    result.bytes_out = sum((job.out / name).stat().st_size for name in names)
     return measured
 
 
 def _zeros(
-    job: _Job, result: MergeResult, adapters: Sequence[tuple[Adapter, float]], lossy: bool
+    job: _Job, result: MergeResult, adapters: Sequence[tuple[Adapter, float]]
 ) -> list[Measured]:
     """A folder of a base whose zero points take the change; codes and scales stay."""
     with job.hashing() as sha:
         result.base["sha256_of_used_weights"] = sha()
-        story = provenance(result, sha(), _before(job.base.path / PROVENANCE))
-        made = merge_into_zeros(adapters, job.base, job.out, lossy=lossy, overwrite=job.overwrite)
-    with atomic_file(job.out / PROVENANCE, overwrite=True) as temporary:
-        temporary.write_text(_pretty(story), encoding="utf-8")
+    made = merge_into_zeros(
+        adapters,
+        job.base,
+        job.out,
+        lossy=job.parameters["lossy"],
+        overwrite=job.overwrite,
+        beside={PROVENANCE: f"{job.story(result, sha())}\n".encode()},
+        progress=job.progress,
+    )
     result.notes += made.notes
-    result.files = list(made.sha256)
-    result.bytes_out = sum(p.stat().st_size for p in job.out.rglob("*") if p.is_file())
-    return measured_zeros(adapters, job.base, job.sites, made.error)
-
-
-def _pretty(story: Mapping[str, object]) -> str:
-    return json.dumps(story, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _tell(job: _Job, before: int, count: int) -> None:
-    job.progress("merging", before + count, len(job.sites))
+    result.files = made.files
+    result.bytes_out = made.bytes_out
+    return made.measured
 
 
 def _layout(job: _Job, result: MergeResult) -> Layout:
@@ -320,9 +336,7 @@ def _layout(job: _Job, result: MergeResult) -> Layout:
         edit_dtypes(layout, sizes, job.dtype)
     copied = sum(path.stat().st_size for path in layout.copied.values())
     check_space(job.out.parent, sum(sizes.values()) + copied + (1 << 20))
-    if layout.left_out:
-        listed = ", ".join(layout.left_out[:5]) + (" …" if len(layout.left_out) > 5 else "")
-        result.notes.append(f"Not copied, since they hold the unmerged weights: {listed}.")
+    result.notes += left_out(layout)
     result.notes += _lost_parts(base.path)
     return layout
 
@@ -341,10 +355,6 @@ def _lost_parts(folder: Path) -> list[str]:
         f"The base's folder lacks {', '.join(lost)}, which its model_index.json names; the output "
         "lacks them too."
     ]
-
-
-def _before(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _check_moved(measured: Sequence[Measured], job: _Job) -> None:

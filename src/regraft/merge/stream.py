@@ -26,6 +26,8 @@ from regraft.parallel import WORKERS
 T = TypeVar("T")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 23
+#: Metadata that hold a hash of the file or of its data, which would be false.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 #: Tensor name → the sites in it that change.
 Changes = Mapping[str, tuple[Part, ...]]
@@ -41,6 +43,7 @@ def rewrite(
     out: Path,
     changes: Changes,
     *,
+    replaced: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     metadata: Callable[[], Mapping[str, str]] | None = None,
     draft: Mapping[str, str] | None = None,
@@ -54,11 +57,14 @@ def rewrite(
     out : Path
         Written in place: call it inside :func:`regraft.files.atomic_file` or ``atomic_folder``.
     changes : mapping of str to tuple of Part
+    replaced : mapping of str to Tensor, optional
+        What is stored instead under these names, in any dtype and shape.
     dtype : torch.dtype, optional
         Of every floating-point tensor; default each as it is.
     metadata, draft : optional
         ``metadata`` is called when all tensors are written, and gives the file's metadata;
-        ``draft`` is text of the same length that keeps their place. Default the file's own.
+        ``draft`` is text of the same length that keeps their place. Default the file's own. Hashes
+        of the data among them are left out.
     done : function
         Called with the number of sites finished so far.
 
@@ -74,24 +80,29 @@ def rewrite(
     NonFiniteTensor, OutputFailed
         As :func:`regraft.merge.added.added`.
     """
+    forms = {info.name: (_stored(info, dtype), info.shape) for info in file.values()}
+    forms |= {name: (new.dtype, tuple(new.shape)) for name, new in (replaced or {}).items()}
     infos = sorted(file.values(), key=lambda info: info.start)
-    if dtype is not None:  # wide ones first, so that all stay aligned
-        infos.sort(key=lambda info: -_stored(info, dtype).itemsize)
-    head = _header(file, infos, dtype, draft if metadata else file.metadata)
+    if any(forms[info.name][0] != info.dtype for info in infos):  # wide ones first: all aligned
+        infos.sort(key=lambda info: -forms[info.name][0].itemsize)
+    order = [info.name for info in infos]
+    head = _header(file, order, forms, draft if metadata else file.metadata)
     found: list[Measured] = []
 
     def work(info: TensorInfo) -> tuple[Tensor, list[Measured]]:
+        if replaced and info.name in replaced:
+            return replaced[info.name], []
         if info.name in changes:
             return added(file, info.name, changes[info.name], dtype)
         return cast(file.read(info.name), dtype, file, info.name), []
 
     def same(info: TensorInfo) -> bool:
-        return info.name not in changes and _stored(info, dtype) == info.dtype
+        new = info.name in changes or (replaced is not None and info.name in replaced)
+        return not new and _stored(info, dtype) == info.dtype
 
     with open(file.path, "rb") as source, open(out, "wb") as stream:
         stream.write(head)
-        touched = [info for info in infos if not same(info)]
-        results = _ahead(work, touched)
+        results = _ahead(work, [info for info in infos if not same(info)])
         for info in infos:
             if same(info):
                 _copy(source, stream, info, file)
@@ -101,7 +112,7 @@ def rewrite(
             found += measured
             done(len(found))
         if metadata is not None:
-            final = _header(file, infos, dtype, metadata())
+            final = _header(file, order, forms, metadata())
             assert len(final) == len(head)
             stream.seek(0)
             stream.write(final)
@@ -114,21 +125,24 @@ def _stored(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
 
 def _header(
     file: TensorFile,
-    infos: Sequence[TensorInfo],
-    dtype: torch.dtype | None,
+    order: Sequence[str],
+    forms: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None,
 ) -> bytes:
+    """Length and header: names in the file's order, data in ``order``."""
     places: dict[str, object] = {}
     position = 0
-    for info in infos:
-        size = prod(info.shape) * _stored(info, dtype).itemsize
-        places[info.name] = {
-            "dtype": _NAMES[_stored(info, dtype)],
-            "shape": list(info.shape),
+    for name in order:
+        dtype, shape = forms[name]
+        size = prod(shape) * dtype.itemsize
+        places[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [position, position + size],
         }
         position += size
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    said = {k: v for k, v in (metadata or {}).items() if k not in _HASHES}
+    header: dict[str, object] = {"__metadata__": said} if said else {}
     header |= {name: places[name] for name in file}
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

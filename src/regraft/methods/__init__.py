@@ -5,6 +5,7 @@ its paper, equations, needs, cost and invariants. The contract tests run over ev
 """
 
 from regraft.methods import copy, lora_x, prolora  # noqa: F401  (importing registers)
+from regraft.methods.inserts import InsertMethod, get_insert_method, insert_methods
 from regraft.methods.registry import (
     Method,
     MethodOptions,
@@ -14,4 +15,14 @@ from regraft.methods.registry import (
     methods,
 )
 
-__all__ = ["Method", "MethodOptions", "Refusal", "SiteJob", "get_method", "methods"]
+__all__ = [
+    "InsertMethod",
+    "Method",
+    "MethodOptions",
+    "Refusal",
+    "SiteJob",
+    "get_insert_method",
+    "get_method",
+    "insert_methods",
+    "methods",
+]

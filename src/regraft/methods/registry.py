@@ -10,6 +10,7 @@ from typing import Any, Literal
 from regraft.adapters import Site, Update
 from regraft.bases import Base
 from regraft.errors import BadOption, UnknownMethod
+from regraft.methods.inserts import insert_methods
 from regraft.subspaces import Dimension, SubspaceLibrary
 
 
@@ -137,6 +138,7 @@ class Method:
         return {
             **listed,
             "needs": list(self.needs),
+            "carries": ["weights"],
             "invariants": {
                 "exact_on_identical": self.exact_on_identical,
                 "never_gains": self.never_gains,
@@ -159,17 +161,25 @@ def method(**facts: Any) -> Callable[[Carry], Carry]:
 
 
 def methods() -> tuple[Method, ...]:
-    """All methods, by name."""
+    """All methods for changes of weights, by name."""
     return tuple(_METHODS[name] for name in sorted(_METHODS))
 
 
 def get_method(name: str) -> Method:
-    """The method called ``name``.
+    """The method for changes of weights called ``name``.
 
     Raises
     ------
+    BadOption
+        It is a method for inserts.
     UnknownMethod
     """
+    if name not in _METHODS and name in {m.name for m in insert_methods()}:
+        raise BadOption(
+            f"The method {name} carries prompts, prefixes and bottlenecks; this adapter changes "
+            "weights.",
+            fix=f"Choose auto, {', '.join(sorted(_METHODS))}.",
+        )
     if name not in _METHODS:
         raise UnknownMethod(
             f"There is no method {name!r}.", fix=f"Choose auto, {', '.join(sorted(_METHODS))}."

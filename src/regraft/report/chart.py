@@ -145,7 +145,7 @@ def _uniform(ordered: Sequence[SiteResult]) -> str:
     """A sentence instead of reading hundreds of equal bars, or "" when they differ."""
     if all(abs(s.kept - 1) < 1e-6 and abs(s.kept_by_copy - 1) < 1e-6 for s in ordered):
         return (
-            "Every carried site kept all of its update's energy, as a plain copy does. What "
+            "Every carried site kept all of its energy, as a plain copy does. What "
             "differs between sites is only how much of the adapter each of them holds."
         )
     return ""

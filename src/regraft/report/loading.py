@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from regraft.report.places import component_of
-from regraft.report.words import file_name, quoted
+from regraft.report.words import file_name, inserts, quoted
 from regraft.result import TransferResult
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -32,6 +32,8 @@ def snippets(result: TransferResult) -> list[Snippet]:
     parts = tuple(dict.fromkeys(component_of(s.site) for s in result.sites))
     name = file_name(result.output)
     target = str(result.target.get("name") or "the target base")
+    if inserts(result):
+        return [_insert(str(result.adapter.get("family")), parts, name, target)]
     if result.dialect == "lora-x":
         return _lora_x(parts)
     if parts == ("",):
@@ -68,6 +70,25 @@ def _lora_x(parts: tuple[str, ...]) -> list[Snippet]:
             + _again("No other tool knows it", other, "a new name"),
         )
     ]
+
+
+def _insert(family: str, parts: tuple[str, ...], name: str, target: str) -> Snippet:
+    if parts == ("",):
+        plain = _language_model("peft", name, target)[0]
+        tuners = "import regraft.tuners  # bottlenecks are not PEFT's own\n"
+        front = "Outputs of its virtual tokens come in front of the others."
+        return Snippet(
+            plain.tool,
+            (tuners if family == "bottleneck" else "") + plain.code,
+            note=front if family == "prompt" else "",
+        )
+    part = parts[0] if parts else "unet"
+    code = f"""from diffusers import DiffusionPipeline
+from regraft.tuners import load_onto
+
+pipe = DiffusionPipeline.from_pretrained({quoted(target)})
+load_onto(pipe.{part}, {quoted(name)})"""
+    return Snippet("diffusers, PEFT and Regraft", code)
 
 
 def _language_model(dialect: str, name: str, target: str) -> list[Snippet]:

@@ -14,11 +14,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from regraft.files import atomic_file
-from regraft.methods import methods
+from regraft.methods import insert_methods, methods
 from regraft.report import words
 from regraft.report.chart import bar_chart, in_network_order
 from regraft.report.gallery import Gallery, Measured, picture_rows
-from regraft.report.heatmap import heat_maps
+from regraft.report.heatmap import COSINE, heat_maps, similarity
 from regraft.report.loading import snippets
 from regraft.result import TransferResult
 
@@ -84,7 +84,9 @@ def write_report(
 
 def render_report(result: TransferResult, *, gallery: Gallery | None = None) -> str:
     """The page as text: a function of its arguments alone."""
-    known = {m.name: m for m in methods()}.get(result.method)
+    adds = words.inserts(result)
+    known = {m.name: m for m in (insert_methods() if adds else methods())}.get(result.method)
+    heat = heat_maps(result.sites, result.sites_refused)
     return (
         environment()
         .get_template("page.html.j2")
@@ -100,7 +102,10 @@ def render_report(result: TransferResult, *, gallery: Gallery | None = None) -> 
             gallery=gallery,
             pictures=picture_rows(gallery) if gallery else (),
             measured=[Measured(*m) for m in gallery.measured] if gallery else [],
-            heat=heat_maps(result.sites, result.sites_refused),
+            heat=heat if any(map(similarity, result.sites)) else None,
+            inserts=adds,
+            similarity=_similarity(heat.measure, adds),
+            size=words.size_of(result),
             chart=bar_chart(result.sites),
             sites=in_network_order(result.sites),
             refused=_refused(result.sites_refused),
@@ -109,6 +114,15 @@ def render_report(result: TransferResult, *, gallery: Gallery | None = None) -> 
             facts=_facts(result),
         )
     )
+
+
+def _similarity(measure: str, inserts: bool) -> str:
+    """What the colours of the heat map are."""
+    if measure != COSINE:
+        return f"the overlap of the two weights’ main directions, {measure}"
+    if inserts:
+        return "the cosine of the two bases’ weights that make the space of each part"
+    return "the cosine of the two weights, as Φ was not computed for this transfer"
 
 
 def environment() -> Environment:
@@ -164,10 +178,15 @@ def _tiles(result: TransferResult) -> list[Tile]:
         guess = result.predicted.get(result.method)
         if guess is not None:
             tiles.append(Tile("Predicted R", f"{guess:.2f}", "1 as retrained, 0 as no adapter"))
+        if evidence.get("followed") is not None:
+            share = words.percent(evidence["followed"], 0)
+            tiles.append(Tile("Change followed", share, "of that on the source"))
+        if evidence.get("fit") is not None:
+            tiles.append(Tile("Fit of the map", f"{evidence['fit']:.2f}", "R² on unseen inputs"))
     elif "coverage" in evidence:
         share = words.percent(evidence["coverage"])
         tiles.append(Tile("Has a place", share, "of the adapter, by energy"))
-    if "cosine" in evidence:
+    if "cosine" in evidence and evidence.get("coverage", 1.0) > 0:
         moved = f"bases moved apart by {words.percent(evidence.get('difference'), 0)}"
         tiles.append(Tile("Weight cosine", words.number(evidence["cosine"]), moved))
     if result.output is not None:
@@ -207,7 +226,7 @@ def _facts(result: TransferResult) -> list[tuple[str, list[tuple[str, str]]]]:
         ("sha256", words.plain(adapter.get("sha256"))),
         ("family", words.plain(adapter.get("family"))),
         ("dialect", words.plain(adapter.get("dialect"))),
-        ("rank", words.plain(adapter.get("rank"))),
+        (words.size_of(result).lower(), words.plain(adapter.get("rank", adapter.get("size")))),
         ("sites", words.plain(adapter.get("sites"))),
     ]
     output = [

@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from regraft.result import TransferResult
+
 #: Control characters, direction overrides and lone surrogates: they hide or reorder text, or
 #: cannot be written. Tab and newline are harmless in HTML.
 _HIDDEN = re.compile(
@@ -80,3 +82,15 @@ def file_name(path: str) -> str:
 def quoted(text: str) -> str:
     """A Python string literal with hidden characters spelt out, for code to be pasted."""
     return json.dumps(_HIDDEN.sub("\N{REPLACEMENT CHARACTER}", text), ensure_ascii=False)
+
+
+def inserts(result: TransferResult) -> bool:
+    """Whether the adapter adds to activations instead of changing weights."""
+    return result.adapter.get("changes") == "activations"
+
+
+def size_of(result: TransferResult) -> str:
+    """What the size of the adapter's parts is called."""
+    if not inserts(result):
+        return "Rank"
+    return "Width" if result.adapter.get("family") == "bottleneck" else "Virtual tokens"

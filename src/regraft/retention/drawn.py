@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from regraft.adapters import Adapter
 from regraft.errors import BadOption
 from regraft.report import Gallery, GalleryRow
 from regraft.retention.figure import Retention, mean_error, ratio_error, retention
+from regraft.retention.hosted import hosted
 from regraft.retention.images import Diversity, Encoder, Scorer, StyleSimilarity
 from regraft.retention.images import Pictures as Array
 from regraft.retention.scorers import LPIPS, LpipsDiversity, available_scorers
-from regraft.running import Diffusion, Pictures, applied, optional
+from regraft.running import Diffusion, Pictures, optional
+
+if TYPE_CHECKING:
+    from regraft.retention.hosted import AnyAdapter
 
 #: Captions of the strip of pictures on the page, and the longer side of a picture there (pixels).
 SHOWN, SIDE = 6, 128
@@ -186,7 +188,7 @@ def draw(model: Diffusion, captions: Sequence[str], seeds: Sequence[int]) -> dic
 def draw_all(
     model: Diffusion,
     data: Pictures,
-    adapters: Mapping[str, Adapter | None],
+    adapters: Mapping[str, AnyAdapter | None],
     drawing: Drawing,
     *,
     seed: int = 0,
@@ -220,7 +222,7 @@ def draw_all(
         captions, seeds, {s.name: s.higher_is_better for s in ready}, {}, skipped, drawing
     )
     for done, (name, adapter) in enumerate(adapters.items(), 1):
-        with nullcontext() if adapter is None else applied(model, adapter):
+        with hosted(model, adapter):
             pictures = draw(model, captions, seeds)
         found.values[name] = {
             scorer.name: tuple(scorer.score({c: pictures[c]}, data.images) for c in captions)

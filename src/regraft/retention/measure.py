@@ -14,26 +14,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from regraft.adapters import Adapter
 from regraft.bases import Base, open_base
-from regraft.crossing import Carried, Progress, silent
-from regraft.dialects import load_adapter
+from regraft.crossing import Progress, silent
 from regraft.errors import BadOption
 from regraft.files.atomic import check_free
 from regraft.methods import MethodOptions
 from regraft.report import write_measured
-from regraft.retention.data import read_data
 from regraft.retention.drawn import Drawing, Drawn, draw_all
 from regraft.retention.figure import Retention, StrengthCurve, mean_error, ratio_error, retention
+from regraft.retention.hosted import facts_of, has_strengths, load_any, random_of
 from regraft.retention.measurement import Answers, Measurement, Random, Way, judge
 from regraft.retention.meter import Meter, Reading, Steps
 from regraft.retention.text import negative_flips
-from regraft.retention.ways import Ways, as_it_is, by_methods
-from regraft.running import Diffusion, Model, Pictures, Texts, open_model, random_like
+from regraft.retention.ways import OnTarget, Ways, as_it_is, by_methods
+from regraft.running import Diffusion, Model, Pictures, Texts, open_model
+from regraft.running.data import read_data
 from regraft.subspaces import SubspaceLibrary
 from regraft.versions import versions
+
+if TYPE_CHECKING:
+    from regraft.retention.hosted import AnyAdapter
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 #: Draws of the random control.
@@ -69,7 +71,7 @@ def measure(
     target : str, Path or Base
         The base it shall work on; one that runs (:func:`regraft.running.open_model`).
     data : str or Path
-        Held-out data: see :func:`regraft.retention.data.read_data`.
+        Held-out data: see :func:`regraft.running.data.read_data`.
     source : str, Path or Base, optional
         The base it was trained on: it is then carried by every method. Without it, the adapter is
         taken as it is, as a file made for the target.
@@ -78,7 +80,7 @@ def measure(
     methods : sequence of str, optional
         Default: all. Copying is always among them.
     strengths : sequence of float
-        Of the strength curve; 1.0 is always among them.
+        Of the strength curve; 1.0 is always among them. Prompts and prefixes have 1.0 only.
     options : MethodOptions, optional
         Shared parameters of the methods.
     limit : int, optional
@@ -133,7 +135,9 @@ def measure(
             library=library or SubspaceLibrary(device=device),
             progress=progress,
         )
-    reference = None if retrained is None else load_adapter(retrained, target_base)
+    if not has_strengths(ways.loaded):
+        strengths = (1.0,)
+    reference = None if retrained is None else load_any(retrained, target_base)
     model = open_model(target_base, device=device)
     _check_drawing(drawing, model)
     items = read_data(data, model, limit=limit)
@@ -156,7 +160,7 @@ def measure(
         at = {s: meter.read(carried.adapter, s, answers=s == 1.0) for s in strengths}
         found[name] = (_way(name, carried, at, readings, scale, ways), at[1.0])
     draws = [
-        meter.read(random_like(ways.example, seed * DRAWS + i), answers=False).loss
+        meter.read(random_of(ways.example, seed * DRAWS + i), answers=False).loss
         for i in range(DRAWS)
     ]
     bare = readings["target"]
@@ -182,12 +186,12 @@ def measure(
         refused=ways.refused,
         answers={n: r.score for n, r in readings.items() if r.score is not None},
         predicted=ways.predicted,
-        adapter=_adapter_facts(ways.loaded, adapter),
+        adapter=facts_of(ways.loaded, adapter),
         source=None if source_base is None else _base_facts(source_base),
         target=_base_facts(target_base),
         retrained=None
         if reference is None or retrained is None
-        else _adapter_facts(reference, retrained),
+        else facts_of(reference, retrained),
         data={"ref": str(data), "kind": "pictures" if model.kind == "diffusion" else "texts"},
         parameters={
             **options.to_dict(),
@@ -252,7 +256,7 @@ class _Scale:
 
 def _way(
     name: str,
-    carried: Carried,
+    carried: OnTarget,
     at: dict[float, Reading],
     readings: dict[str, Reading],
     scale: _Scale,
@@ -271,8 +275,8 @@ def _way(
         figure_error=scale.error_of(gains),
         retention=_retention(one, readings),
         curve=StrengthCurve(tuple(values), tuple(values.values())),
-        energy_kept=carried.energy_kept if carried.sites else None,
-        sites=len(carried.adapter.updates),
+        energy_kept=carried.energy_kept,
+        sites=carried.sites,
         refused={**ways.left_out, **carried.refused},
         answers=_answers(one, readings),
     )
@@ -317,7 +321,7 @@ def _drawn(
     model: Model,
     items: Pictures | Texts,
     ways: Ways,
-    reference: Adapter | None,
+    reference: AnyAdapter | None,
     seed: int,
     progress: Progress,
 ) -> Drawn | None:
@@ -326,7 +330,7 @@ def _drawn(
         return None
     assert isinstance(model, Diffusion)
     assert isinstance(items, Pictures)
-    adapters: dict[str, Adapter | None] = {"target": None}
+    adapters: dict[str, AnyAdapter | None] = {"target": None}
     adapters |= {name: carried.adapter for name, carried in ways.carried.items()}
     if reference is not None:
         adapters["retrained"] = reference
@@ -369,17 +373,6 @@ def _skipped(meter: Meter) -> list[str]:
     if not meter.skipped:
         return []
     return [f"{meter.skipped} text(s) left out: nothing to score within the model's context."]
-
-
-def _adapter_facts(loaded: Adapter, ref: str | Path) -> dict[str, Any]:
-    return {
-        "ref": str(ref),
-        "name": loaded.name,
-        "family": loaded.family,
-        "rank": loaded.rank,
-        "sites": len(loaded.updates),
-        "sha256": loaded.sha256,
-    }
 
 
 def _base_facts(base: Base) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from regraft.adapters import Adapter
 from regraft.crossing import Progress
 from regraft.errors import BadData, BadOption
 from regraft.retention.figure import spread
+from regraft.retention.hosted import hosted
 from regraft.retention.text import exact_score, held_out_loss
 from regraft.running import (
     Diffusion,
@@ -18,9 +17,11 @@ from regraft.running import (
     Pictures,
     Text,
     Texts,
-    applied,
     denoising_losses,
 )
+
+if TYPE_CHECKING:
+    from regraft.retention.hosted import AnyAdapter
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Meter:
         self._texts = self._scorable()
 
     def read(
-        self, adapter: Adapter | None = None, strength: float = 1.0, *, answers: bool = True
+        self, adapter: AnyAdapter | None = None, strength: float = 1.0, *, answers: bool = True
     ) -> Reading:
         """The base as it is, or with ``strength`` times the adapter."""
-        with nullcontext() if adapter is None else applied(self.model, adapter, strength):
+        with hosted(self.model, adapter, strength):
             reading = Reading(tuple(self._losses()), tuple(self._answers()) if answers else ())
         self.steps.step()
         return reading

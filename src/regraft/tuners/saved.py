@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
-from regraft.errors import InputNotFound, MalformedFile, NotAnAdapter, SitesNotInBase
+from regraft.errors import (
+    InputNotFound,
+    MalformedFile,
+    NotAnAdapter,
+    ShapeMismatch,
+    SitesNotInBase,
+)
 from regraft.files import TensorFile
 from regraft.files.select import weight_files
 
@@ -38,12 +45,13 @@ def load_onto(
 
     Raises
     ------
-    InputNotFound, MalformedFile
+    InputNotFound, MalformedFile, NonFiniteTensor
     NotAnAdapter
         Nothing says which method it is of.
     SitesNotInBase
         The model lacks modules of the adapter.
-    WrongBase
+    ShapeMismatch, WrongBase
+        The model is not the one that the adapter is for. Layers that were put on it stay.
     """
     path = Path(path)
     files = weight_files(path) if path.is_dir() else [path]
@@ -62,8 +70,10 @@ def load_onto(
     known = {field.name for field in fields(config_cls)}
     if later := sorted(settings.keys() - known):
         warnings.warn(f"Settings of a later version are ignored: {', '.join(later)}", stacklevel=2)
-    config = config_cls(**{k: v for k, v in settings.items() if k in known})
-    put(model, config, {k: file.read(k) for k in file}, adapter_name, file.path, trainable)
+    with _understood(file.path):
+        config = config_cls(**{k: v for k, v in settings.items() if k in known})
+    tensors = {k: file.read(k, finite=True) for k in file}
+    put(model, config, tensors, adapter_name, file.path, trainable)
 
 
 def put(
@@ -78,12 +88,20 @@ def put(
 
     Raises
     ------
-    SitesNotInBase, MalformedFile, WrongBase
+    SitesNotInBase, MalformedFile, ShapeMismatch, WrongBase
     """
     config.inference_mode = not trainable
-    inject_adapter_in_model(config, model, adapter_name)
+    with _understood(path):
+        inject_adapter_in_model(config, model, adapter_name)
     plain = {k.removeprefix(_PREFIX): v for k, v in tensors.items()}
-    result = set_peft_model_state_dict(model, plain, adapter_name)
+    try:
+        result = set_peft_model_state_dict(model, plain, adapter_name)
+    except RuntimeError as error:  # what torch says of sizes
+        raise ShapeMismatch(
+            f"The adapter does not fit the model: {str(error).splitlines()[-1].strip()}",
+            file=path,
+            fix="Load it on the kind of model it was trained on.",
+        ) from error
     if result.unexpected_keys:
         raise SitesNotInBase(
             f"The model has no place for {len(result.unexpected_keys)} tensor(s) of the adapter.",
@@ -92,17 +110,36 @@ def put(
             fix="Load it on the kind of model it was trained on.",
         )
     own = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-    lost = [k for k in result.missing_keys if f".{own}" in k and k.endswith(f".{adapter_name}")]
+    lost = [k for k in result.missing_keys if f".{own}" in k and f".{adapter_name}." in f"{k}."]
     if lost:
         raise MalformedFile(
             f"The file lacks {len(lost)} tensor(s) that its settings name.",
             file=path,
-            tensor=lost[0].removesuffix(f".{adapter_name}"),
+            tensor=f"{lost[0]}.".replace(f".{adapter_name}.", ".").removesuffix("."),
             fix="The file is incomplete; get it again.",
         )
     known: Any = model
     if hasattr(known, "_hf_peft_config_loaded"):  # how diffusers and transformers know
         known._hf_peft_config_loaded = True
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Settings are unchecked JSON, and PEFT has no errors of its own for most of what is wrong."""
+    try:
+        yield
+    except NoMatchingPeftModuleError as error:
+        raise SitesNotInBase(
+            f"The model has none of the adapter's modules ({error})",
+            file=path,
+            fix="Load it on the kind of model it was trained on.",
+        ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MalformedFile(
+            f"Its settings do not make an adapter: {error}.",
+            file=path,
+            fix="Restore the adapter_config.json that was saved with it.",
+        ) from error
 
 
 def settings_of(file: TensorFile) -> dict[str, Any]:

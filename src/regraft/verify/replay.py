@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from regraft.files import Located, TensorFile, locate
 from regraft.files.hub import from_hub
 from regraft.files.pickle_gate import original
 from regraft.files.select import weight_files
+from regraft.merge import merge
+from regraft.merge.folder import PROVENANCE
 from regraft.result import Check, VerifyResult
 from regraft.subspaces import SubspaceLibrary
 from regraft.transfer import transfer
@@ -36,9 +38,10 @@ _WEIGHTS = "adapter_model.safetensors"
 _RECORDED = {
     "transfer": frozenset(
         {"dimension", "threshold", "filter_blocks", "cross_terms", "align", "method", "rank"}
-        | {"rank_energy", "pairing", "seed", "allow_unknown"}
+        | {"rank_energy", "pairing", "seed", "allow_unknown", "calibration"}
     ),
     "convert": frozenset({"rank", "form", "allow_unknown"}),
+    "merge": frozenset({"allow_unknown", "lossy"}),
 }
 _FLAGS = {"source": "--from", "target": "--to", "base": "--base", "adapter": "--adapter"}
 
@@ -49,14 +52,18 @@ class _Stop(Exception):
 
 @dataclass
 class _Replay:
-    """One verification under way. ``bases`` are the given ones, opened."""
+    """One verification under way. ``bases`` are the given ones, opened.
+
+    ``path`` is the weights file, or the folder of a merge.
+    """
 
     result: VerifyResult
     path: Path
-    adapter: Path | None
+    adapters: list[Path]
     bases: dict[str, Base]
     progress: Progress
     library: SubspaceLibrary | None
+    calibration: str | Path | None = None
     story: dict[str, Any] = field(default_factory=dict)
 
     def note(
@@ -72,22 +79,26 @@ class _Replay:
 def verify(
     out: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     source: str | Path | Base | None = None,
     target: str | Path | Base | None = None,
     base: str | Path | Base | None = None,
+    calibration: str | Path | None = None,
     library: SubspaceLibrary | None = None,
     progress: Progress = silent,
 ) -> VerifyResult:
-    """Replay a transfer or a conversion from the provenance inside its output, and compare.
+    """Replay a transfer, a conversion or a merge from its output's provenance, and compare.
 
     Parameters
     ----------
     out : str or Path
-        What :func:`regraft.transfer` or :func:`regraft.convert` wrote: a file, or a PEFT folder.
+        What :func:`regraft.transfer`, :func:`regraft.convert` or :func:`regraft.merge` wrote: a
+        file, or a folder. A merge is made again in the system's folder for temporary files.
     adapter, source, target, base : optional
-        The inputs. What is not given is looked for on the hub, if it came from there; in all cases
-        its hash must be the recorded one.
+        The inputs; of a merge all its adapters, in any order. What is not given is looked for on
+        the hub, if it came from there; in all cases its hash must be the recorded one.
+    calibration : str or Path, optional
+        The data that a transfer's map was fitted on, where the user gave any.
     library : SubspaceLibrary, optional
         Share one to share its cache.
 
@@ -95,8 +106,8 @@ def verify(
     -------
     VerifyResult
         "passed": the same bytes, or with other versions (or on another kind of processor) the same
-        tensors within :data:`regraft.verify.compare.TOLERANCE`. "failed": the file is damaged, or
-        not what its provenance gives. "inconclusive": something could not be checked.
+        tensors within the tolerance of :mod:`regraft.verify.compare`. "failed": the file is
+        damaged, or not what its provenance gives. "inconclusive": something could not be checked.
 
     Raises
     ------
@@ -104,11 +115,13 @@ def verify(
         ``out`` cannot be read, or an input that was named.
     """
     started = time.perf_counter()
-    path = _weights(out)
+    place = locate(out).path
+    path = place if (place / PROVENANCE).is_file() else _weights(out)
+    given = [adapter] if isinstance(adapter, str | Path) else list(adapter or ())
     run = _Replay(
         VerifyResult(str(out)),
         path,
-        None if adapter is None else locate(adapter).path,
+        [locate(one).path for one in given],
         {
             what: given if isinstance(given, Base) else open_base(given)
             for what, given in (("source", source), ("target", target), ("base", base))
@@ -116,11 +129,9 @@ def verify(
         },
         progress,
         library,
+        calibration,
     )
     try:
-        run.result.checks.append(integrity(path))
-        if run.result.status == "failed":
-            raise _Stop
         _read_story(run)
         with tempfile.TemporaryDirectory(prefix="regraft-verify-") as folder:
             run.result.checks += compare(path, _again(run, Path(folder)), run.story)
@@ -139,19 +150,30 @@ def _weights(out: str | Path) -> Path:
         raise InputNotFound(
             "The folder holds no .safetensors file.",
             file=path,
-            fix="Give what transfer or convert wrote.",
+            fix="Give what transfer, convert or merge wrote.",
         )
     return files[0]
 
 
 def _read_story(run: _Replay) -> None:
-    text = TensorFile(run.path).metadata.get("regraft")
-    if text is None:
-        raise run.stop("provenance", "the file holds none; Regraft did not write it")
+    """What it says of its making, and whether the data are what was written."""
+    if run.path.is_dir():
+        text: str | None = (run.path / PROVENANCE).read_text(encoding="utf-8", errors="replace")
+    else:
+        text = TensorFile(run.path).metadata.get("regraft")
     try:
-        story = json.loads(text)
+        story = None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         story = None
+    # A merge holds no hash of its data: making one would take about as long as the replay.
+    if not isinstance(story, dict) or story.get("operation") != "merge":
+        if run.path.is_dir():
+            raise run.stop("provenance", f"{PROVENANCE} does not say that it is a merge")
+        run.result.checks.append(integrity(run.path))
+        if run.result.status == "failed":
+            raise _Stop
+    if text is None:
+        raise run.stop("provenance", "the file holds none; Regraft did not write it")
     if not isinstance(story, dict):
         raise run.stop("provenance", "it is not a JSON object")
     if story.get("format") != FORMAT:
@@ -160,18 +182,22 @@ def _read_story(run: _Replay) -> None:
     run.story = story
     # The first outputs with provenance were transfers, and did not say so.
     run.result.operation = str(story.get("operation", "transfer"))[:40]
-    if run.result.operation not in ("transfer", "convert"):
+    if run.result.operation not in _RECORDED:
         raise run.stop("provenance", f"the operation {run.result.operation!r} is not known here")
 
 
 def _again(run: _Replay, folder: Path) -> Path:
     """Do it again into ``folder``; gives the new weights file."""
     try:
+        if run.result.operation == "merge":
+            return _merge(run, folder / ("out" if run.path.is_dir() else "out.safetensors"))
         dialect = str(run.story.get("dialect") or _dialect(run.path))
         single = dialect != "peft"
         out = folder / ("out.safetensors" if single else "out")
         play = _transfer if run.result.operation == "transfer" else _convert
-        play(run, _adapter(run), out, dialect)
+        if len(run.adapters) > 1:
+            raise run.stop("adapter", "it was made of one adapter, and several were given")
+        play(run, _adapter(run, run.story["adapter"], run.adapters), out, dialect)
     except RegraftError as error:
         raise run.stop("replay", f"it stopped: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -190,40 +216,46 @@ def _dialect(path: Path) -> str:
     return "kohya" if any(key.endswith(".lora_down.weight") for key in keys) else "diffusers"
 
 
-def _from_hub(run: _Replay, what: str) -> Path:
+def _from_hub(run: _Replay, what: str, facts: Mapping[str, Any], **options: bool) -> Path:
     """An input that was not given, as recorded."""
-    facts = run.story[what]
     repo = facts.get("repo") if what == "adapter" else facts["name"]
     if not facts.get("revision") or not repo:
         raise run.stop(what, f"{facts['name']} was a local file; name it with {_FLAGS[what]}")
-    return from_hub(str(repo), str(facts["revision"]))
+    return from_hub(str(repo), str(facts["revision"]), **options)
 
 
-def _adapter(run: _Replay) -> Located:
-    """The adapter, as if from where it was recorded to come."""
-    path = run.adapter or _from_hub(run, "adapter")
-    said = run.story["adapter"]["sha256"]
-    weights = original(_weights(path))  # hashed as what the user has, not as its copy
-    if sha256_of(weights) != said:
-        raise run.stop(
-            "adapter", f"{weights.name} is not the adapter that was used (sha256 {said})"
-        )
-    facts = run.story["adapter"]
-    return Located(str(path), path, facts.get("repo"), facts.get("revision"))
+def _adapter(run: _Replay, facts: Mapping[str, Any], given: Sequence[Path]) -> Located:
+    """The adapter of these facts among the given ones, as if from where it was recorded to come."""
+    paths = given or [_from_hub(run, "adapter", facts)]
+    # Hashed as what the user has, not as a pickle's copy.
+    found = next((p for p in paths if sha256_of(original(_weights(p))) == facts["sha256"]), None)
+    if found is None:
+        named = ", ".join(original(_weights(p)).name for p in paths)
+        raise run.stop("adapter", f"not the adapter that was used: {named}; {_hash_of(facts)}")
+    return Located(str(found), found, facts.get("repo"), facts.get("revision"))
 
 
-def _check_adapter(run: _Replay, found: Mapping[str, Any]) -> None:
+def _check_adapter(run: _Replay, said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Its settings: the scale of a PEFT folder is not in the weights file."""
-    said = run.story["adapter"]
     if "config_sha256" in said and said["config_sha256"] != found["config_sha256"]:
         raise run.stop("adapter", "its adapter_config.json is not the one that was used")
-    run.note("adapter", "passed", f"sha256 {said['sha256']}")
+    run.note("adapter", "passed", _hash_of(said))
+
+
+def _hash_of(facts: Mapping[str, Any]) -> str:
+    return f"sha256 {str(facts['sha256'])[:64]}"
 
 
 def _base(run: _Replay, what: str) -> Base:
     """A base under its recorded name and revision: metadata hold them, nothing depends on them."""
-    opened = run.bases.get(what) or open_base(_from_hub(run, what))
     facts = run.story[what]
+    # All files of a merge's base are in its output.
+    options = {"to_run": True} if run.result.operation == "merge" else {}
+    opened = run.bases.get(what)
+    if opened is None:
+        opened = open_base(_from_hub(run, what, facts, **options))
+    elif opened.repo and options:
+        opened = open_base(from_hub(opened.repo, opened.revision, **options))
     return replace(opened, repo=_text(facts["name"]), revision=facts.get("revision"))
 
 
@@ -267,6 +299,12 @@ def _parameters(run: _Replay) -> dict[str, Any]:
 def _transfer(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
     story, said = run.story, _parameters(run)
     said.setdefault("method", story["method"])
+    data = said.pop("calibration", None)
+    if data is not None:
+        if run.calibration is None:
+            why = "the map was fitted on data of its user's; name them with --calibration"
+            raise run.stop("calibration", why)
+        said["calibration"] = run.calibration
     library = _library(run, str(story["parameters"].get("device", "cpu")))
     source, target = _base(run, "source"), _base(run, "target")
     try:
@@ -288,7 +326,11 @@ def _transfer(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
             _check_base(run, "source", refused.source)
             _check_base(run, "target", refused.target)
         raise
-    _check_adapter(run, found.adapter)
+    _check_adapter(run, story["adapter"], found.adapter)
+    if data is not None:
+        if found.parameters["calibration"] != data:
+            raise run.stop("calibration", f"these are not the data that were used ({data})")
+        run.note("calibration", "passed", f"hash of its items {data}")
     _check_base(run, "source", found.source)
     _check_base(run, "target", found.target)
 
@@ -306,6 +348,37 @@ def _convert(run: _Replay, adapter: Located, out: Path, dialect: str) -> None:
         progress=run.progress,
         **_parameters(run),
     )
-    _check_adapter(run, found.adapter)
+    _check_adapter(run, story["adapter"], found.adapter)
     if story["base"] is not None:
         _check_base(run, "base", found.base)
+
+
+def _merge(run: _Replay, out: Path) -> Path:
+    said = run.story["adapters"]
+    left = list(run.adapters)
+    located = []
+    for facts in said:
+        # What is not among the given ones may still be on the hub.
+        here = [p for p in left if sha256_of(original(_weights(p))) == facts["sha256"]]
+        one = _adapter(run, facts, here or ([] if facts.get("repo") else left))
+        if here[1:]:  # equal weights with other settings: one after the other
+            left.remove(one.path)
+        located.append(one)
+    for path in run.adapters:
+        if path not in {one.path for one in located}:
+            raise run.stop("adapter", f"{path.name} is none of those that were merged")
+    found = merge(
+        located,
+        base=_base(run, "base"),
+        output=out,
+        strength=[facts["strength"] for facts in said],
+        dtype=run.story["dtype"],
+        name=[_text(facts["name"]) for facts in said],
+        library=run.library,
+        progress=run.progress,
+        **_parameters(run),
+    )
+    for facts, again in zip(said, found.adapters, strict=True):
+        _check_adapter(run, facts, again)
+    _check_base(run, "base", found.base)
+    return out

@@ -1,0 +1,1 @@
+"""Inserts: what an adapter adds to a model's activations instead of to a weight."""
