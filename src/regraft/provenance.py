@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from regraft.adapters import Adapter, Site
+from regraft.adapters.families import get_family
 from regraft.bases import Base
 from regraft.files import Located
 from regraft.result import TransferResult
@@ -42,6 +43,18 @@ def config_sha256(config: Mapping[str, Any]) -> str | None:
     if not config:
         return None
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def other_base(loaded: Adapter, base: Base) -> list[str]:
+    """A note where ΔW depends on the base and the adapter calls its base something else."""
+    said = str(loaded.config.get("base_model_name_or_path") or "").rstrip("/")
+    needing = sorted({f for f in loaded.families.values() if get_family(f).needs_base})
+    if not needing or said.rpartition("/")[2] in ("", base.name.rpartition("/")[2]):
+        return []
+    return [
+        f"ΔW of {', '.join(needing)} was computed from {base.name}; {loaded.name} says that it was "
+        f"made for {said}. On another base it would be wrong."
+    ]
 
 
 def base_facts(base: Base, sites: Iterable[Site], library: SubspaceLibrary) -> dict[str, Any]:

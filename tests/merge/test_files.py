@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import regraft
 from regraft.adapters import Site, delta
-from regraft.errors import OutputExists
+from regraft.errors import InputNotFound, OutputExists
 from regraft.files import Located, TensorFile
 from regraft.merge import run
 from tests import factories
@@ -83,6 +83,7 @@ def test_a_file_keeps_names_order_metadata_and_the_bytes_of_the_rest(tmp_path):
     random.Random(1).shuffle(names)
     tensors = {n: tensors[n] for n in names} | {"counts": torch.arange(3)}
     said = {"format": "pt", "modelspec.title": "Ink", "modelspec.hash_sha256": "0xstale"}
+    said["sshs_model_hash"] = "stale"
     base = write(tmp_path / "base.safetensors", tensors, said)
     file = adapter(tmp_path / "a.safetensors")
     out = tmp_path / "out.safetensors"
@@ -142,6 +143,22 @@ def test_an_original_checkpoint_with_fused_rows(tmp_path):
     assert torch.allclose(after[fused], before[fused] + rows, atol=1e-6)
     assert torch.equal(after[fused][:16], before[fused][:16])
     assert {s.site for s in result.sites} == set(map(str, updates))
+
+
+def test_code_that_is_not_there_is_told(tmp_path):
+    """From the hub it never comes along; beside a local base it is copied like any other file."""
+    base = language(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "configuration_own.C", "AutoModel": "org/x--modeling_far.M"}
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+    file = adapter(tmp_path / "a.safetensors")
+    result = regraft.merge(file, base=base, output=tmp_path / "out")
+    (note,) = result.notes
+    assert "configuration_own.py" in note
+    assert "modeling_far" not in note
+    (base / "configuration_own.py").write_text("raise SystemExit")
+    assert regraft.merge(file, base=base, output=tmp_path / "two").notes == []
+    assert (tmp_path / "two" / "configuration_own.py").read_text() == "raise SystemExit"
 
 
 def test_a_pipeline_keeps_its_other_parts(tmp_path):
@@ -207,6 +224,7 @@ def test_another_dtype_for_all_of_it(tmp_path):
     key = f"{Q.format(0)}.weight"
     exact = before.pop(key) + change(file, 0)
     assert torch.equal(found[key], exact.bfloat16())
+    assert result.sites[0].dtype == "bfloat16"
     assert all(torch.equal(found[k], before[k].bfloat16()) for k in before)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -239,16 +257,26 @@ def test_links_become_files_and_subfolders_of_links_are_followed(tmp_path):
     for path in (real / "text_encoder").iterdir():
         os.symlink(path, base / "text_encoder" / path.name)
     os.symlink(base, base / "text_encoder" / "loop")
+    (real / "same").mkdir()
+    (real / "same" / "vocab.txt").write_text("a")
+    for twice in ("tokenizer", "tokenizer_2"):
+        os.symlink(real / "same", base / twice)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     file = write(tmp_path / "a.safetensors", lora(name, 32, 32, 2, 2))
+    os.symlink(tmp_path / "gone", base / "notes.txt")
+    with pytest.raises(InputNotFound, match="leads nowhere"):
+        regraft.merge(file, base=base, output=tmp_path / "out")
+    (base / "notes.txt").unlink()
     regraft.merge(file, base=base, output=tmp_path / "out")
     shutil.rmtree(real)
+    for twice in ("tokenizer", "tokenizer_2"):
+        assert (tmp_path / "out" / twice / "vocab.txt").read_text() == "a"
     made = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert not any(p.is_symlink() for p in made)
     assert len(regraft.open_base(tmp_path / "out").components) == 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     strength=st.floats(-4, 4).filter(lambda s: abs(s) > 1e-3),
     rank=st.integers(1, 16),

@@ -203,7 +203,7 @@ def test_a_head_tied_to_the_embedding(tmp_path):
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("step", ["rewrite", "copy", "sync"])
+@pytest.mark.parametrize("step", ["rewrite", "finish"])
 def test_a_failure_on_the_way_leaves_what_was_there(step, base, tmp_path, monkeypatch):
     """A full disk, and somebody who presses Ctrl-C."""
     file = adapter(tmp_path / "a.safetensors")

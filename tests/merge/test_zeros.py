@@ -13,8 +13,9 @@ from torch import Tensor
 from regraft.adapters import Adapter, LowRank, Site
 from regraft.bases import open_base
 from regraft.bases.quantised.integers import pack, unpack
-from regraft.errors import BadOption, QuantisedWeight, ShapeMismatch
-from regraft.merge.zeros import has_zeros, merge_into_zeros
+from regraft.errors import BadOption, NothingCarried, QuantisedWeight, ShapeMismatch
+from regraft.merge.zero_points import has_zeros
+from regraft.merge.zeros import merge_into_zeros
 
 OUT, IN, GROUPS = 32, 64, 4
 SITE = Site("", "layer")
@@ -110,13 +111,13 @@ def test_zero_points_stop_at_the_end_of_their_range(tmp_path):
     assert "end of their range" in result.notes[0]
 
 
-def grouped_base(folder, dtype=torch.float32):
-    """A base of one torchao weight with groups of 16 inputs."""
+def grouped_base(folder, dtype=torch.float32, names=("layer",)):
+    """A base of torchao weights with groups of 16 inputs."""
     torchao = pytest.importorskip("torchao.quantization")
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(IN, OUT).to(dtype)})
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(IN, OUT).to(dtype) for name in names})
     config = torchao.IntxWeightOnlyConfig(
         weight_dtype=torch.int4,
         granularity=torchao.PerGroup(16),
@@ -227,5 +228,5 @@ def test_changes_that_do_not_fit_are_refused(tmp_path):
     narrow = LowRank(torch.ones(8, 2), torch.ones(2, IN), 1.0, (8, IN))
     with pytest.raises(ShapeMismatch):
         merge_into_zeros([(replace(ones, updates={SITE: narrow}), 1.0)], base, tmp_path / "out")
-    with pytest.raises(BadOption, match="change nothing"):
+    with pytest.raises(NothingCarried, match="zero at every site"):
         merge_into_zeros([(adapter_of(torch.zeros(OUT, IN)), 1.0)], base, tmp_path / "out")

@@ -113,4 +113,4 @@ def test_bars_survive_odd_figures() -> None:
 def test_uniform_bars_are_said_in_words() -> None:
     chart = bar_chart([site(n, kept=1.0) for n in SITES])
     assert chart is not None
-    assert "all of its update's energy" in chart.uniform
+    assert "all of its energy" in chart.uniform

@@ -60,6 +60,13 @@ def test_to_run_a_language_model_its_tokenizer_comes_too(fetched):
     assert "tokenizer.model" not in fetched(LANGUAGE, to_run=False)
 
 
+def test_chat_templates_come_and_code_does_not(fetched):
+    templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    files = (*LANGUAGE, *templates, "modeling_own.py", "deep/er/x.jinja")
+    assert fetched(files, to_run=True) == {*LANGUAGE, *templates}
+    assert not templates & fetched(files, to_run=False)
+
+
 def test_a_cached_copy_without_its_vae_is_not_enough_to_run(monkeypatch, tmp_path):
     """Offline, where the cache knows the whole list of files."""
     from regraft.errors import HubUnavailable

@@ -55,7 +55,7 @@ def test_four_bits_compute_with_the_numbers_of_the_format_on_a_cpu(form, trainin
 def test_blocks_that_cross_rows_are_held_unpacked():
     model = net()
     storage = quantise(model, "nf4")
-    held = [n for n in WIDTHS if type(model[f"from{n}"]) is nn.Linear]
+    held = [n for n in WIDTHS if type(model[f"from{n}"].weight) is nn.Parameter]
     assert storage.held == len(held)
     assert set(held) <= {24, 32, 96}  # of a library that unpacks them, none
     assert all(p.requires_grad is False for p in model.parameters())
@@ -98,12 +98,38 @@ def test_what_cannot_be_quantised_is_refused():
         quantise(net(), "int5")
     with pytest.raises(BadOption, match=r"groups of 1000"):
         quantise(net(), "int4", group=1000)
+    for group in (0, -32):
+        with pytest.raises(BadOption, match="Groups of"):
+            quantise(net(), "int4", group=group)
+    for form in ("nf4", "int4"):
+        with pytest.raises(BadOption, match="fp64"):
+            quantise(net().double(), form)
     model = net()
     quantise(model, "int4")
     with pytest.raises(BadOption, match="already"):
         quantise(model, "nf4")
     with pytest.raises(BadOption, match="no linear layer"):
         quantise(nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)}), "nf4")
+
+
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_held_layer_takes_what_bitsandbytes_layer_takes(dtype, computed):
+    """transformers computes in fp32 unless told otherwise, whatever the model is in."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(96, 8, compute_dtype=computed, quant_type="nf4")
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+    layer.bias = nn.Parameter(torch.ones(8, dtype=dtype))
+    model = nn.ModuleDict({"layer": layer})
+    model.dtype = dtype
+    settle(model)
+    x = torch.randn(2, 96, dtype=dtype)
+    wanted = functional.linear(x.float(), meant(weight, "nf4").float(), torch.ones(8))
+    found = model["layer"](x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, atol=0.3, rtol=0.03)
 
 
 def test_layers_that_are_named_stay_as_they_are():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -69,6 +71,11 @@ def main() -> None:
     """Entry point: no traceback for anything a user can cause."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if not sys.warnoptions:
+        # Notes to programmers; what a user should know is a note or an error of ours.
+        warnings.showwarning = lambda *_args, **_more: None
     try:
         app()
     except RegraftError as error:

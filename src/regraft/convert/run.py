@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from regraft.adapters import Adapter, LowRank, RankRule, Site, Spectral, Update, cut
-from regraft.adapters.families import get_family
 from regraft.adapters.update import Dense
 from regraft.bases import Base, open_base
 from regraft.convert.in_place import write_in_place
@@ -29,7 +28,7 @@ from regraft.errors import BadOption, MalformedFile, NonFiniteTensor, NothingCar
 from regraft.files import Located, locate
 from regraft.files.atomic import check_free
 from regraft.parallel import in_order, single_threaded
-from regraft.provenance import adapter_facts, adapter_name
+from regraft.provenance import adapter_facts, adapter_name, other_base
 from regraft.result import ConvertedSite, ConvertResult
 from regraft.subspaces import SubspaceLibrary
 from regraft.transfer import DTYPES, check_output, default_dialect
@@ -125,7 +124,7 @@ def convert(
     result.sites_refused |= lost
     after = _cut(loaded, rule, form, lost, result, progress)
     if isinstance(watched, _Watched):
-        result.notes += _other_name(loaded, watched)
+        result.notes += other_base(loaded, watched)
     result.dialect = dialect
     stored = DTYPES[dtype] if dtype else _stored(source)
     result.dtype = _NAMES[stored]
@@ -199,18 +198,6 @@ def _watched(base: str | Path | Base) -> _Watched:
     found = _Watched(**{f.name: getattr(opened, f.name) for f in fields(Base)})
     found.used = set()
     return found
-
-
-def _other_name(loaded: Adapter, base: Base) -> list[str]:
-    """A note where ΔW depends on the base and the adapter calls its base something else."""
-    said = str(loaded.config.get("base_model_name_or_path") or "")
-    needing = sorted({f for f in loaded.families.values() if get_family(f).needs_base})
-    if not needing or said.rstrip("/").rpartition("/")[2] in ("", base.name.rpartition("/")[2]):
-        return []
-    return [
-        f"ΔW of {', '.join(needing)} was computed from {base.name}; the adapter says that it was "
-        f"made for {said}. On another base it would be wrong."
-    ]
 
 
 def _stored(source: AdapterSource) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Fetching from the hub through ``huggingface_hub``: only the files that will be read.
+"""Fetching from the hub through ``huggingface_hub``: only the files that will be read, never code.
 
 It honours HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE. Offline, or when the
 hub cannot be reached, what is in the cache is used.
@@ -12,15 +12,16 @@ from regraft.errors import HubUnavailable
 from regraft.files.select import COMPONENTS, RUNNING_COMPONENTS, pick_weights
 from regraft.files.tensorfile import PICKLE_ENDINGS, refuse_pickle
 
-#: Ends of the small files beside the weights: always, and also to run (tokenizers).
+#: Ends of the small files beside the weights: always, and also to run (tokenizers, chat templates).
 _SMALL = (".json",)
-_SMALL_TO_RUN = (".json", ".txt", ".model")
+_SMALL_TO_RUN = (".json", ".txt", ".model", ".jinja")
 
 
 def from_hub(repo: str, revision: str | None, *, to_run: bool = False) -> Path:
     """The local snapshot of a hub repository, downloaded if need be.
 
-    ``to_run`` adds what running it needs beside the weights of its sites: VAE and tokenizer files.
+    ``to_run`` adds what running it needs beside the weights of its sites: VAE, tokenizer files
+    and chat templates. Code (``.py``) is never fetched.
 
     Raises
     ------

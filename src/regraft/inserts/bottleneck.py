@@ -20,6 +20,7 @@ What an earlier site could not do is then made good by a later one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -29,7 +30,7 @@ from regraft.adapters import Site
 from regraft.errors import BadOption
 from regraft.inserts.hooks import Parts, Seen
 from regraft.inserts.insert import Insert
-from regraft.inserts.layers import block_of, counterparts, in_order, rows_alike, shares
+from regraft.inserts.layers import as_they_ran, block_of, counterparts, rows_alike, shares
 from regraft.inserts.maps import RIDGES, Affine, energy_kept, ridge, towards
 from regraft.inserts.places import pattern_of
 from regraft.inserts.spaces import Side, site_at
@@ -97,18 +98,23 @@ class Spaces:
     names : list of str
     blocks : dict of str to str
         Module → its block; only blocks whose stream is their input and what these modules give.
+    parallel : set of str
+        Those modules whose bottleneck reads their input.
     """
 
     side: Side
     names: list[str]
     blocks: dict[str, str]
+    parallel: set[str]
 
-    def run(self, parts: Parts | None = None) -> Seen:
-        """Run with parts on, and keep what following needs."""
-        blocks = set(self.blocks.values()) - {""}
-        return self.side.run(
-            parts, inputs=blocks | set(self.names), outputs=blocks | set(self.names)
-        )
+    def run(self, parts: Parts | None = None, only: str | None = None) -> Seen:
+        """Run with parts on, and keep what following needs, for all modules or for one."""
+        names = set(self.names)
+        if only is not None:
+            block = self.blocks[only]
+            names = {n for n in names if block and self.blocks[n] == block} | {only}
+        blocks = {self.blocks[n] for n in names} - {""}
+        return self.side.run(parts, inputs=blocks | (names & self.parallel), outputs=blocks | names)
 
     def added(self, seen: Seen, parts: Parts, name: str) -> Tensor:
         """What the module gives, its bottleneck included, (r, m)."""
@@ -124,7 +130,7 @@ class Spaces:
         block = self.blocks[name]
         if not block:
             return self.added(seen, parts, name)
-        here = [n for n in in_order(self.names, seen.outputs) if self.blocks[n] == block]
+        here = [n for n in as_they_ran(self.names, seen.outputs) if self.blocks[n] == block]
         if here[-1] == name:
             return seen.outputs[block]
         before = here[: here.index(name) + 1]
@@ -141,10 +147,19 @@ def read_by(part: Bottleneck, seen: Seen, name: str) -> Tensor:
     return seen.inputs[name] if part.position == "parallel" else seen.outputs[name]
 
 
-def spaces(side: Side, kinds: set[str]) -> tuple[Spaces, Seen]:
-    """The modules of some kinds, and what they see of a bare run."""
-    names = [name for name, _ in side.root.named_modules() if name and pattern_of(name) in kinds]
-    made = Spaces(side, names, {name: block_of(side.root, name) for name in names})
+def spaces(side: Side, kinds: Mapping[str, bool]) -> tuple[Spaces, Seen]:
+    """The modules of some kinds, and what they see of a bare run.
+
+    ``kinds``: pattern → whether its bottlenecks are parallel.
+    """
+    # A layer beside its dropout has a name of the same pattern (``to_out.0``, ``to_out.1``).
+    names = [
+        name
+        for name, part in side.root.named_modules()
+        if name and pattern_of(name) in kinds and any(True for _ in part.parameters())
+    ]
+    blocks = {name: block_of(side.root, name) for name in names}
+    made = Spaces(side, names, blocks, {n for n in names if kinds[pattern_of(n)]})
     seen = made.run()
     checked = dict(made.blocks)
     for block in set(made.blocks.values()) - {""}:
@@ -173,11 +188,13 @@ class Found:
 def carry(parts: Parts, source: Side, target: Side, follow: bool = True) -> Found:
     """Both forms, for every module of the target that takes after one with a bottleneck."""
     own = {site.module: part for site, part in parts.items() if isinstance(part, Bottleneck)}
-    kinds = {pattern_of(name) for name in own}
+    kinds: dict[str, bool] = {}
+    for name, part in own.items():
+        kinds[pattern_of(name)] = kinds.get(pattern_of(name), False) or part.position == "parallel"
     (here, s0), (there, t0) = spaces(source, kinds), spaces(target, kinds)
     told = counterparts(
         {n: s0.outputs[n] for n in here.names},
-        {n: t0.outputs[n] for n in in_order(there.names, t0.outputs)},
+        {n: t0.outputs[n] for n in as_they_ran(there.names, t0.outputs)},
     )
     pairs = {name: s for name, (s, _) in told.items() if s in own}
     found = Found({}, {}, pairs, {}, {})
@@ -196,7 +213,7 @@ def carry(parts: Parts, source: Side, target: Side, follow: bool = True) -> Foun
         found.kept[name] = energy_kept(gave, back.linear(out.linear(gave)))
         if not follow:
             continue
-        now = there.run(on) if on else t0
+        now = there.run(on, name) if on else t0
         goal = _goal(here, there, (s0, s1, t0, now), parts, on, (like, name), (which, many))
         made = solved(plain, read_by(part, now, name), goal)
         found.followed[name] = made

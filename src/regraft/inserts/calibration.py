@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from regraft.adapters import Site
-from regraft.errors import BadData
+from regraft.errors import BadData, CannotRun
 from regraft.inserts.insert import Insert
 from regraft.running import Diffusion, Language, Pictures, Texts
 from regraft.running.model import Condition
@@ -87,8 +87,7 @@ def own_texts(
     draw = torch.Generator().manual_seed(seed)
     start = model.tokenizer.bos_token_id
     if start is None:
-        size = int(model.model.config.vocab_size)
-        ids = torch.randint(size, (count, 1), generator=draw)
+        ids = torch.randint(len(model.tokenizer), (count, 1), generator=draw)
     else:
         ids = torch.full((count, 1), start)
     long = min(TOKENS, (context_of(model) or TOKENS) - room)
@@ -116,6 +115,8 @@ def aligned(
     ------
     BadData
         The bases read nothing alike.
+    CannotRun
+        A tokenizer does not tell where its tokens end, or the insert fills the context.
     """
     sides = [_encoded(model, texts, room) for model in (source, target)]
     rows: tuple[list[tuple[int, int]], ...] = ([], [])
@@ -137,6 +138,10 @@ def _encoded(model: Language, texts: Sequence[str], room: int) -> list[list[tupl
     found = []
     start = model.tokenizer.bos_token_id
     most = min(LONGEST, (context_of(model) or LONGEST) - room)
+    if most < 1:
+        raise CannotRun(f"The insert's {room} tokens fill the context of {model.ref}.")
+    if not model.tokenizer.is_fast:
+        raise CannotRun(f"The tokenizer of {model.ref} does not tell where its tokens end.")
     for text in texts:
         told = model.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -150,7 +155,7 @@ def _encoded(model: Language, texts: Sequence[str], room: int) -> list[list[tupl
         ]
         row = list(zip(told["input_ids"], ends, strict=True))
         row = ([] if start is None else [(start, 0)]) + row
-        found.append(row[: max(1, most)])
+        found.append(row[:most])
     return found
 
 

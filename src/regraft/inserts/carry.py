@@ -9,21 +9,23 @@ bare (t):
 
 For a denoiser, with its prediction y, followed = 1 − ‖(y_t̃ − y_t) − (y_s̃ − y_s)‖² / ‖y_s̃ − y_s‖².
 It is 1 where the target changes as the source did, 0 where it stays as it is, below 0 where it
-is led elsewhere.
+is led elsewhere. Where the two denoisers' predictions have different shapes it cannot be told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import isnan
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regraft.adapters import Site
 from regraft.errors import CannotRun
 from regraft.inserts import bottleneck, prefix, prompt
-from regraft.inserts.calibration import TEXTS, aligned, noisy, own_texts, texts_of
+from regraft.inserts.calibration import TEXTS, Tokens, aligned, noisy, own_texts, texts_of
 from regraft.inserts.hooks import Parts
 from regraft.inserts.insert import Insert, InsertAdapter, Prompt
 from regraft.inserts.spaces import Side, site_at, virtual_tokens
@@ -33,6 +35,8 @@ from regraft.tuners.bottleneck.parts import Bottleneck
 
 #: A simpler form is taken if it makes almost as much of the wanted change as the best.
 _MARGIN = 0.02
+#: Rows of log-probabilities at a time: a vocabulary is wide.
+_ROWS = 256
 #: Told what is being done, how much of it is done, and of how much.
 Progress = Callable[[str, int, int], None]
 
@@ -100,7 +104,8 @@ def carry(
     Raises
     ------
     CannotRun
-        The two bases are of different kinds, or have nothing in common to fit a map on.
+        The two bases are of different kinds, have nothing in common to fit a map on, or compute
+        NaN; the insert sits on a part of a pipeline that is not its denoiser.
     BadOption
         The insert is of a form that no map carries.
     """
@@ -109,6 +114,8 @@ def carry(
             f"{source.ref} is a {source.kind} model and {target.ref} a {target.kind} model.",
             fix="Inserts are carried between bases of one kind.",
         )
+    if source.kind == "diffusion" and any(site.component != "unet" for site in adapter.parts):
+        raise CannotRun("Only what sits on the denoiser of a pipeline can be mapped.")
     with single_threaded():
         progress("calibrating", 0, 3)
         sides = calibrated(adapter.parts, source, target, calibration, seed)
@@ -116,8 +123,7 @@ def carry(
         forms, made = _forms(adapter, *sides)
         progress("comparing forms", 2, 3)
         made.followed = followed(adapter.parts, forms, *sides)
-    best = max(made.followed.values(), default=0.0)
-    made.form = next(f for f in forms if made.followed.get(f, 0.0) >= best - _MARGIN)
+    made.form = _best(forms, made.followed)
     made.parts = dict(forms[made.form])
     used = {site.module for site in made.sources.values()}
     made.refused = {
@@ -126,7 +132,7 @@ def carry(
         if site.module not in used
     }
     what = "own samples" if calibration is None else "the given items"
-    made.notes.append(f"fitted on {what}, {len(_rows(sides[0]))} positions; {made.form}")
+    made.notes.append(f"fitted on {what}, {_size(sides[0])}; {made.form}")
     progress("comparing forms", 3, 3)
     return made
 
@@ -159,9 +165,21 @@ def calibrated(
     raise CannotRun(f"Models such as {source.ref} cannot be calibrated.")
 
 
-def _rows(side: Side) -> Any:
+def _best(forms: Mapping[str, Parts], scores: Mapping[str, float]) -> str:
+    """The first of the forms that are as good as the best; without scores the map that was fitted,
+    as it is the map whose fit then speaks for it."""
+    if not scores:
+        return "mapped"
+    best = max(scores.values())
+    return next(form for form in forms if scores[form] >= best - _MARGIN)
+
+
+def _size(side: Side) -> str:
+    """How much calibration there is."""
     items = side.items
-    return items.rows if hasattr(items, "rows") else items.x
+    if isinstance(items, Tokens):
+        return f"{len(items.rows)} positions"
+    return f"{len(items.x)} noisy pictures"
 
 
 def _forms(adapter: InsertAdapter, source: Side, target: Side) -> tuple[dict[str, Parts], Carried]:
@@ -223,32 +241,59 @@ def _prompts(
 def followed(
     parts: Parts, forms: Mapping[str, Parts], source: Side, target: Side
 ) -> dict[str, float]:
-    """How much of the wanted change each form makes; empty where the bases say nothing alike."""
-    results = [source.said({}), source.said(parts), target.said({})]
+    """How much of the wanted change each form makes; empty where the predictions of two denoisers
+    have different shapes.
+
+    Raises
+    ------
+    CannotRun
+        A base computes NaN.
+    """
     if isinstance(source.model, Language) and isinstance(target.model, Language):
-        here, there = prompt.shared_tokens(source.model, target.model)
-        s0, s1, t0 = (
-            r[:, ids].log_softmax(-1) for r, ids in zip(results, (here, here, there), strict=True)
-        )
-        wanted = (t0 + s1 - s0).log_softmax(-1)
-        whole = _divergence(wanted, t0)
-        scores = {}
-        for form, made in forms.items():
-            left = _divergence(wanted, target.said(made)[:, there].log_softmax(-1))
-            scores[form] = 1 - left / whole if whole > 0 else 0.0
-        return scores
-    s0, s1, t0 = results
+        scores = _by_words(parts, forms, source, target)
+    else:
+        scores = _by_pictures(parts, forms, source, target)
+    if any(map(isnan, scores.values())):
+        raise CannotRun(f"What {source.model.ref} or {target.model.ref} computes is not finite.")
+    return scores
+
+
+def _by_words(
+    parts: Parts, forms: Mapping[str, Parts], source: Side, target: Side
+) -> dict[str, float]:
+    assert isinstance(source.model, Language)
+    assert isinstance(target.model, Language)
+    here, there = prompt.shared_tokens(source.model, target.model)
+
+    def logs(side: Side, on: Parts, ids: Tensor) -> Tensor:
+        return side.said(on)[:, ids].log_softmax(-1)
+
+    s0, s1, t0 = logs(source, {}, here), logs(source, parts, here), logs(target, {}, there)
+    wanted = (t0 + s1 - s0).log_softmax(-1)
+    del s0, s1  # of a large vocabulary each is near a gigabyte
+    whole = _divergence(wanted, t0)
+    return {
+        form: 1 - _divergence(wanted, logs(target, made, there)) / whole if whole else 0.0
+        for form, made in forms.items()
+    }
+
+
+def _by_pictures(
+    parts: Parts, forms: Mapping[str, Parts], source: Side, target: Side
+) -> dict[str, float]:
+    s0, s1, t0 = source.said({}), source.said(parts), target.said({})
     if s0.shape != t0.shape:
         return {}
     change = s1 - s0
     whole = float(change.square().sum())
     return {
-        form: 1 - float((target.said(made) - t0 - change).square().sum()) / whole
+        form: 1 - float((target.said(made) - t0 - change).square().sum()) / whole if whole else 0.0
         for form, made in forms.items()
-        if whole > 0
     }
 
 
 def _divergence(wanted: Tensor, got: Tensor) -> float:
     """Mean KL, from log-probabilities (r, v)."""
-    return float((wanted.exp() * (wanted - got)).sum(-1).double().mean())
+    pieces = zip(wanted.split(_ROWS), got.split(_ROWS), strict=True)
+    rows = [(p.exp() * (p - q)).sum(-1) for p, q in pieces]
+    return float(torch.cat(rows).double().mean())

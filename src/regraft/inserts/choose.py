@@ -20,7 +20,7 @@ from regraft.methods.inserts import ACTIVATION_MAP, COPY
 #: Mean cosine of the weights from which two spaces count as the same.
 RELATED = 0.3
 #: Least share of the wanted change (regraft.inserts.carry) that a carried insert has to make.
-FOLLOWED = 0.3
+FOLLOWED = 0.4
 #: Least R², on calibration that was kept back, of a map worth using where that share is not known.
 FIT = 0.3
 

@@ -8,7 +8,7 @@ afterwards.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -25,6 +25,11 @@ from regraft.tuners.bottleneck.parts import Bottleneck
 Parts = Mapping[Site, Insert]
 #: Under this name transformers finds the attention function that looks on.
 _NAME = "regraft_watched"
+#: What that function does now. What transformers is given it keeps for good: a function of its own
+#: for each model would keep the model, too.
+_ATTEND: list[Callable[..., tuple[Tensor, None]]] = []
+#: What some attentions do besides, and this one does not.
+_BESIDES = {"softcap": "caps its scores", "s_aux": "has sinks"}
 #: Positions of a picture that are kept: a grid of so many a side at most.
 _GRID = 8
 _WRAPPER = "text_model."
@@ -89,13 +94,11 @@ class Watch:
     def __init__(self, inputs: set[str], outputs: set[str], attention: set[str]) -> None:
         self.wanted = {"inputs": inputs, "outputs": outputs, "attention": attention}
         self.where: tuple[Tensor, Tensor] | None = None
-        self.every = 1
         self.rows: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self.looked: dict[str, list[Attention]] = defaultdict(list)
 
     def keep(self, kind: str, name: str, state: Tensor) -> None:
-        rows = self._rows(state)
-        self.rows[kind, name].append(rows[:: self.every] if kind == "result" else rows)
+        self.rows[kind, name].append(self._rows(state))
 
     def _rows(self, state: Tensor) -> Tensor:
         if self.where is not None:
@@ -182,7 +185,8 @@ def _hook_output(
             return None
         first = args[0] if args else next(iter(kwargs.values()))
         read = first if part.position == "parallel" else state
-        return state + on_device(part, state)(read.float()).to(state.dtype)
+        made = state + on_device(part, state)(read.float()).to(state.dtype)
+        return (made, *output[1:]) if isinstance(output, tuple) else made
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -217,15 +221,19 @@ def _watched_attention(
         value: Tensor,
         attention_mask: Tensor | None,
         scaling: float | None = None,
-        **_: Any,
+        **more: Any,
     ) -> tuple[Tensor, None]:
+        for option, does in _BESIDES.items():
+            if more.get(option) is not None:
+                raise CannotRun(f"This model's attention {does}, and cannot be looked into.")
         name = names[module]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         groups = query.shape[1] // key.shape[1]
         own_key, own_value = _repeated(key, groups), _repeated(value, groups)
         scores = (query @ own_key.mT).float() * scale
         if attention_mask is None:
-            gap = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(1)
+            gap = torch.full(scores.shape[-2:], -torch.inf, device=scores.device)
+            gap = gap.triu(1 + scores.shape[-1] - scores.shape[-2])
             scores = scores + gap
         else:
             scores = scores + attention_mask[..., : scores.shape[-1]].float()
@@ -240,16 +248,22 @@ def _watched_attention(
             result = own * (1 - weights.sum(-1, keepdim=True)) + weights.to(value.dtype) @ values
         return result.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register(_NAME, attend)
+    AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     before = root.config._attn_implementation
-    root.set_attn_implementation(_NAME)
-    if root.config._attn_implementation != _NAME:
-        raise CannotRun("This model's attention cannot be looked into.")
+    _ATTEND.append(attend)
     try:
+        root.set_attn_implementation(_NAME)
+        if root.config._attn_implementation != _NAME:
+            raise CannotRun("This model's attention cannot be looked into.")
         yield
     finally:
         root.set_attn_implementation(before)
+        _ATTEND.pop()
+
+
+def _attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _ATTEND[-1](*args, **kwargs)
 
 
 def prefix_weights(queries: Tensor, keys: Tensor, total: Tensor, scaling: float) -> Tensor:

@@ -89,9 +89,10 @@ def shares(pairs: Mapping[str, str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def in_order(names: Sequence[str], ran: Mapping[str, Tensor]) -> list[str]:
+def as_they_ran(names: Sequence[str], ran: Mapping[str, Tensor]) -> list[str]:
     """Names in the order in which their modules ran."""
-    return [name for name in ran if name in set(names)]
+    wanted = set(names)
+    return [name for name in ran if name in wanted]
 
 
 def rows_alike(x: Tensor, y: Tensor) -> bool:

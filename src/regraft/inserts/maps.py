@@ -4,8 +4,9 @@ With rows x of the one space and y of the other, of the same inputs,
 
 * ridge: A, a = argmin Σ ‖A x + a − y‖² + λ‖A‖² (Hoerl & Kennard 1970), with the λ that does best
   on rows kept back;
-* Procrustes: the same with A = c Q, Q a (partial) isometry: Q = U Vᵀ of Yᵀ X = U Σ Vᵀ and
-  c = tr Σ / ‖X‖² (Schönemann 1966), on centred rows.
+* Procrustes: A = c Q, Q = U Vᵀ of Yᵀ X = U Σ Vᵀ and c = tr Σ / ‖Q X‖² (Schönemann 1966), on
+  centred rows. Where y is narrower than x, Q is the partial isometry with the greatest ⟨Q X, Y⟩,
+  which need not be the one nearest to Y.
 
 * towards a prior: A = Q + argmin_D Σ ‖D x + a − (y − Q x)‖² + λ‖D‖². Ridge alone forgets the
   directions that the inputs hardly vary in, and an insert may well read or write there; this one
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from regraft.errors import BadOption, ShapeMismatch
 
-#: λ over the mean variance of x: from hardly any to hardly a map.
+#: λ over the mean of Σ x², per feature of x: from hardly any to hardly a map.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 #: The share of rows, the last ones, that a map is judged on.
 KEPT_BACK = 0.2
@@ -42,7 +43,7 @@ class Affine:
     fit : float
         R² on rows that were kept back: 1 exact, 0 no better than the mean, below 0 worse.
     ridge : float
-        The λ that was taken, over the mean variance of x.
+        The λ that was taken, over the mean of Σ x², per feature of (centred) x.
     """
 
     matrix: Float[Tensor, "n m"]
@@ -98,7 +99,7 @@ def ridge(
     prior : Tensor of shape (n, m), optional
         The A that λ draws towards; default 0.
     ridges : tuple of float
-        The λ to try, over the mean variance of x.
+        The λ to try, over the mean of Σ x², per feature of (centred) x.
 
     Raises
     ------
@@ -145,7 +146,7 @@ def towards(x: Float[Tensor, "r m"], y: Float[Tensor, "r n"], *, strength: float
     ----------
     x, y : Tensors of shape (r, m) and (r, n)
     strength : float
-        λ over the mean variance of x.
+        λ over the mean of Σ x², per feature of centred x.
 
     Raises
     ------
@@ -190,8 +191,10 @@ def _rotation(x: Tensor, y: Tensor, scale: bool) -> tuple[Tensor, Tensor]:
     x0, y0 = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x0, y - y0
     u, s, vt = torch.linalg.svd(y.mT @ x, full_matrices=False)
-    size = float(s.sum() / x.square().sum().clamp_min(1e-300)) if scale else 1.0
-    matrix = size * (u @ vt)
+    matrix = u @ vt
+    if scale:
+        reached = x if y.shape[1] >= x.shape[1] else x @ matrix.mT
+        matrix = float(s.sum() / reached.square().sum().clamp_min(1e-300)) * matrix
     return matrix, y0 - matrix @ x0
 
 

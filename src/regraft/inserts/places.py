@@ -48,7 +48,12 @@ def natural(name: str) -> tuple[Any, ...]:
 
 
 def embedding(base: Base) -> Site | None:
-    """The token embedding's weight of a bare language model; None if there is none."""
+    """The token embedding's weight of a bare language model; None if there is none.
+
+    An encoder with a decoder has two places for a prompt, and is not known either.
+    """
+    if _has_decoder(base):
+        return None
     found = [
         site
         for site, weight in base.weights.items()
@@ -58,7 +63,10 @@ def embedding(base: Base) -> Site | None:
 
 
 def attentions(base: Base) -> Attentions:
-    """The attentions of a bare language model; none of another base."""
+    """The attentions of a bare language model; none of another base, or of an encoder with a
+    decoder."""
+    if _has_decoder(base):
+        return Attentions((), 0, 0)
     weights: dict[str, set[str]] = defaultdict(set)
     for site in base.weights:
         parent, _, own = site.module.rpartition(".")
@@ -74,6 +82,10 @@ def attentions(base: Base) -> Attentions:
     if len(names) == 2:
         width = base.at(Site("", f"{found[0]}.{names[0]}")).shape[0]
     return Attentions(tuple(found), heads, width)
+
+
+def _has_decoder(base: Base) -> bool:
+    return base.configs.get("", {}).get("is_encoder_decoder") is True
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -79,7 +79,7 @@ def carry(parts: Parts, source: Side, target: Side, follow: bool = True) -> Foun
         found.fit[name] = (fit + value_fit) / 2
         if not follow:
             continue
-        now = _run(target, there, on) if on else t0
+        now = _run(target, [name], on) if on else t0
         which, many = share[name]
         first = s1.inputs[block_of(source.root, like)] - s0.inputs[block_of(source.root, like)]
         change = first + (gave - first) * (which / many)
@@ -130,7 +130,7 @@ def _projection(side: Side, name: str) -> Tensor:
             found = part.weight
         elif isinstance(part, Conv1D):
             found = part.weight.mT
-    if found is None:
+    if found is None or found.ndim != 2 or not found.is_floating_point():
         raise CannotRun(f"The attention {name} has no output projection that is known.")
     return found.detach().float().cpu()
 
@@ -154,8 +154,10 @@ def _followed(
     keys = []
     for group in range(few):
         inside = range(group * many, (group + 1) * many)
-        x = torch.cat([t.queries[:, j] for j in inside]) * t.scaling
-        y = torch.cat([odds[:, heads[j]] + t.total[:, j, None] for j in inside])
+        # Position by position, so that the rows kept back are of positions, not of a head.
+        x = torch.stack([t.queries[:, j] for j in inside], dim=1).flatten(0, 1) * t.scaling
+        each = [odds[:, heads[j]] + t.total[:, j, None] for j in inside]
+        y = torch.stack(each, dim=1).flatten(0, 1)
         keys.append(ridge(x, y, offset=False).matrix)
     made = torch.stack(keys).float()  # (g, l, e)
     weights = prefix_weights(t.queries.transpose(0, 1), made, t.total.mT, t.scaling)
@@ -172,7 +174,7 @@ def _heads(odds: Tensor, t: Attention) -> list[int]:
     for j in range(t.queries.shape[1]):
         y = (odds + t.total[:, j, None, None]).flatten(1)
         x = (t.queries[:, j] * t.scaling).double()
-        back = int(len(x) * KEPT_BACK)
+        back = max(1, int(len(x) * KEPT_BACK))
         found = ridge(x[:-back], y[:-back], offset=False, ridges=(1e-3,))
         got = found(x[-back:]).reshape(-1, *odds.shape[1:])
         true = y[-back:].double().reshape(-1, *odds.shape[1:])

@@ -1,7 +1,8 @@
 """Prompt vectors in another base's embedding space (Lester et al. 2021, arXiv:2104.08691).
 
 With E_s and E_t the embeddings of the tokens that both tokenizers have, row by row, the ridge map
-A, a = argmin Σ ‖A e_s + a − e_t‖² + λ‖A‖² takes each vector there: p_t = A p_s + a.
+A, a = argmin Σ ‖A e_s + a − e_t‖² + λ‖A‖² takes each vector there: p_t = A p_s + a. Of a large
+vocabulary a random part is enough (``_MOST``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from regraft.running import Language
 
 #: Shared tokens below which there is no map.
 _FEWEST = 8
+#: Shared tokens that a map is fitted on, at most: so many, or so many per number of a vector.
+_MOST, _MOST_EACH = 2**14, 8
 
 
 def shared_tokens(source: Language, target: Language) -> tuple[Tensor, Tensor]:
@@ -27,7 +30,7 @@ def shared_tokens(source: Language, target: Language) -> tuple[Tensor, Tensor]:
 
 
 def shared_embeddings(source: Language, target: Language) -> tuple[Tensor, Tensor]:
-    """The embeddings of the tokens that both have, (n, d_s) and (n, d_t), fp32.
+    """The embeddings of tokens that both have, in random order, (n, d_s) and (n, d_t), fp32.
 
     Raises
     ------
@@ -37,11 +40,12 @@ def shared_embeddings(source: Language, target: Language) -> tuple[Tensor, Tenso
     ids = shared_tokens(source, target)
     if len(ids[0]) < _FEWEST:
         raise CannotRun(f"The two tokenizers share {len(ids[0])} tokens, too few for a map.")
-    tables = (model.model.get_input_embeddings().weight for model in (source, target))
-    picked = [t[i.to(t.device)].float().cpu() for t, i in zip(tables, ids, strict=True)]
+    tables = [model.model.get_input_embeddings().weight for model in (source, target)]
     # Neighbours in a vocabulary are alike, and the last rows judge the map.
     order = torch.randperm(len(ids[0]), generator=torch.Generator().manual_seed(0))
-    return picked[0][order], picked[1][order]
+    order = order[: max(_MOST, _MOST_EACH * max(table.shape[1] for table in tables))]
+    x, y = (t[i[order].to(t.device)].float().cpu() for t, i in zip(tables, ids, strict=True))
+    return x, y
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.adapters import Site
+from regraft.errors import CannotRun
 from regraft.inserts.calibration import Noisy, Tokens
 from regraft.inserts.hooks import Parts, Seen, Watch, attached
 from regraft.inserts.insert import KeysValues, Prompt
@@ -16,7 +17,9 @@ from regraft.running import Diffusion, Language, Model
 
 #: Texts or pictures at a time.
 _CHUNK = 64
-#: Positions at which what a language model says is kept: a vocabulary is wide.
+#: Numbers of logits at a time, at most: a vocabulary is wide.
+_LOGITS = 2**28
+#: Positions, up to twice as many, at which what a language model says is kept.
 _SAID = 1000
 
 
@@ -35,9 +38,8 @@ class Side:
         inputs: Iterable[str] = (),
         outputs: Iterable[str] = (),
         attention: Iterable[str] = (),
-        result: bool = False,
     ) -> Seen:
-        """Run all of the calibration.
+        """Run all of the calibration; what a language model says at the end is not computed.
 
         Parameters
         ----------
@@ -47,38 +49,41 @@ class Side:
             Modules whose first input, or whose output without the bottleneck on it, is kept.
         attention : iterable of str
             Attentions to look into.
-        result : bool
-            Keep the logits, or the denoiser's prediction.
         """
         watch = Watch(set(inputs), set(outputs), set(attention))
-        if isinstance(self.items, Tokens):
-            watch.every = max(1, len(self.items.rows) // _SAID)
         with torch.no_grad(), attached(self.root, parts or {}, watch):
             for call in self._chunks(parts or {}, watch):
-                output = call()
-                if result:
-                    watch.keep("result", "", output)
+                call()
         return watch.seen()
 
     def said(self, parts: Parts) -> Tensor:
-        """The logits, or the denoiser's prediction, at about a thousand positions, (r, _)."""
-        found = self.run(parts, result=True).result
+        """The logits at one to two thousand positions, or the denoiser's prediction, (r, _)."""
+        watch = Watch(set(), set(), set())
+        with torch.no_grad(), attached(self.root, parts, watch):
+            for call in self._chunks(parts, watch, says=True):
+                watch.keep("result", "", call())
+        found = watch.seen().result
         assert found is not None
         return found
 
-    def _chunks(self, parts: Parts, watch: Watch) -> Iterator[Any]:
+    def _chunks(self, parts: Parts, watch: Watch, says: bool = False) -> Iterator[Any]:
         if isinstance(self.items, Tokens):
             tokens, shift = self.items, length_of(parts)
             prompt = prompt_of(parts)
-            for low in range(0, len(tokens.ids), _CHUNK):
-                rows = slice(low, low + _CHUNK)
-                inside = (tokens.rows[:, 0] >= low) & (tokens.rows[:, 0] < low + _CHUNK)
-                where = tokens.rows[inside] - torch.tensor([low, 0])
+            root, places, many = self.root.base_model, tokens.rows, _CHUNK
+            if says:
+                root, places = self.root, places[:: max(1, len(places) // _SAID)]
+                words = len(root.get_input_embeddings().weight)
+                many = min(_CHUNK, max(1, _LOGITS // (words * tokens.ids.shape[1])))
+            for low in range(0, len(tokens.ids), many):
+                rows = slice(low, low + many)
+                inside = (places[:, 0] >= low) & (places[:, 0] < low + many)
+                where = places[inside] - torch.tensor([low, 0])
                 # A prompt has places of its own, in front.
                 ahead = 0 if prompt is None else len(prompt)
                 watch.where = (where[:, 0], where[:, 1] + ahead)
                 yield lambda rows=rows: _read(
-                    self.root, tokens.ids[rows], tokens.mask[rows], prompt, shift
+                    root, tokens.ids[rows], tokens.mask[rows], prompt, shift
                 )
             return
         noisy = self.items
@@ -115,8 +120,8 @@ def virtual_tokens(parts: Parts) -> int:
     return length_of(parts) + (0 if prompt is None else len(prompt))
 
 
-def _read(root: Any, ids: Tensor, mask: Tensor, prompt: Tensor | None, shift: int) -> Tensor:
-    """The logits of a batch."""
+def _read(root: Any, ids: Tensor, mask: Tensor, prompt: Tensor | None, shift: int) -> Tensor | None:
+    """The logits of a batch, or None of a model without its head."""
     device = next(root.parameters()).device
     ids, mask = ids.to(device), mask.to(device).long()
     vectors = root.get_input_embeddings()(ids)
@@ -125,13 +130,13 @@ def _read(root: Any, ids: Tensor, mask: Tensor, prompt: Tensor | None, shift: in
         vectors = torch.cat([front, vectors], dim=1)
         mask = torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1)
     places = torch.arange(vectors.shape[1], device=device)[None] + shift
-    logits: Tensor = root(
+    output = root(
         inputs_embeds=vectors,
         attention_mask=mask,
         position_ids=places.expand(len(ids), -1),
         use_cache=False,
-    ).logits
-    return logits
+    )
+    return getattr(output, "logits", None)
 
 
 def written(
@@ -142,6 +147,11 @@ def written(
     Returns
     -------
     Tensor of shape (n, 1 + count), on the CPU
+
+    Raises
+    ------
+    CannotRun
+        It computes NaN.
     """
     from transformers import DynamicCache
 
@@ -164,6 +174,8 @@ def written(
                 use_cache=True,
             ).logits[:, -1]
             chances = logits.float().cpu()
+            if chances.isnan().any():
+                raise CannotRun(f"What {model.ref} computes is not finite, so it writes no text.")
             chances[:, special] = -torch.inf
             chances[:, known:] = -torch.inf
             chosen = torch.multinomial(chances.softmax(dim=-1), 1, generator=draw)

@@ -71,14 +71,21 @@ def transfer_insert(
         The result would change nothing on the target.
     CannotRun
         "activation-map" was asked for, and a base does not run.
+    BadOption
+        Calibration data for "copy".
     RegraftError
     """
     started = time.perf_counter()
+    if method == COPY.name and calibration is not None:
+        raise BadOption(
+            "Calibration data are for activation-map, and copying fits nothing.",
+            fix="Leave out --calibration.",
+        )
     source_base = source if isinstance(source, Base) else open_base(source)
     target_base = target if isinstance(target, Base) else open_base(target)
     loaded = load_insert(located.path, source_base, allow_unknown=allow_unknown)
     loaded.name = name or provenance.adapter_name(located, loaded.name)
-    _refuse_nothing(loaded, located)
+    refuse_nothing(loaded, located.ref)
     way = InsertCrossing(
         loaded, source_base, target_base, library, calibration, seed, progress=progress
     )
@@ -109,6 +116,8 @@ def transfer_insert(
         "device": library.device.type,
     }
     chosen = verdict.method if method == "auto" else method
+    if chosen != ACTIVATION_MAP.name:
+        result.sites_refused |= way.unpaired()
     if chosen is None:
         library.cache.commit()
         result.seconds = time.perf_counter() - started
@@ -122,7 +131,13 @@ def transfer_insert(
     result.method = chosen
     if chosen == COPY.name:
         carried = way.copied()
+        if calibration is not None:
+            result.notes.append("the calibration data were not used: copying fits nothing")
     assert carried is not None
+    if chosen == ACTIVATION_MAP.name:
+        alike = all(site == origin for site, origin in carried.sources.items())
+        by_name = alike or loaded.family == "prompt"
+        result.pairing = "name" if by_name else "similarity of activations"
     way.account(result, carried)
     library.cache.commit()
     if not result.sites:
@@ -189,6 +204,10 @@ class InsertCrossing:
             )
             self.progress("comparing weights", len(found), len(pairs))
         return found
+
+    def unpaired(self) -> dict[str, str]:
+        """Source sites whose weights have no partner, and why; a map finds partners of its own."""
+        return {str(site): why for site, why in self.paired.unpaired.items()}
 
     def copied(self) -> Carried:
         """The insert as it is."""
@@ -266,7 +285,6 @@ class InsertCrossing:
         evidence = verdict.to_dict()
         for name in ("why", "word", "predicted"):
             evidence.pop(name)
-        unpaired = {str(site): why for site, why in self.paired.unpaired.items()}
         loaded = self.adapter
         return TransferResult(
             verdict=verdict.word,
@@ -280,7 +298,7 @@ class InsertCrossing:
             ),
             evidence=evidence,
             pairing=self.paired.how,
-            sites_refused={**loaded.refused, **unpaired},
+            sites_refused=dict(loaded.refused),
             notes=[
                 *loaded.notes,
                 *quantised_notes(self.source, self.target, loaded.metadata.get(TRAINED_ON)),
@@ -318,15 +336,15 @@ class InsertCrossing:
         return self._close[there, here]
 
 
-def _refuse_nothing(loaded: InsertAdapter, located: Located) -> None:
-    """Raise :class:`NothingCarried` for bottlenecks that add nothing yet."""
+def refuse_nothing(loaded: InsertAdapter, ref: str) -> None:
+    """Raise :class:`NothingCarried` for bottlenecks that add nothing yet, and for zeros."""
     parts = [part for part in loaded.parts.values() if isinstance(part, Bottleneck)]
     if parts and not any(p.scale and (p.up.any() or p.up_bias.any()) for p in parts):
         raise NothingCarried(
-            "The adapter changes nothing: every bottleneck it holds adds zero.", file=located.ref
+            "The adapter changes nothing: every bottleneck it holds adds zero.", file=ref
         )
     if not any(energy(part) for part in loaded.parts.values()):
-        raise NothingCarried("Every number of the adapter is zero.", file=located.ref)
+        raise NothingCarried("Every number of the adapter is zero.", file=ref)
 
 
 def _adapter_facts(located: Located, loaded: InsertAdapter) -> dict[str, Any]:

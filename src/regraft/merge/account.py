@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regraft.adapters import Adapter, Site
-from regraft.adapters.families import get_family
 from regraft.bases import Base, Weight
 from regraft.files import Located
 from regraft.merge.added import Measured
 from regraft.merge.plan import tied
-from regraft.provenance import adapter_facts
+from regraft.provenance import adapter_facts, other_base
 from regraft.result import MergedSite, MergeResult
+from regraft.transfer import DTYPES
 from regraft.versions import versions
 
 #: A share of ΔW lost to rounding above this is told.
@@ -22,22 +22,17 @@ _TELL = 0.01
 
 
 def account(
-    result: MergeResult, measured: Sequence[Measured], base: Base, families: Mapping[Site, str]
+    result: MergeResult, measured: Sequence[Measured], base: Base, loaded: Sequence[Adapter]
 ) -> None:
-    """Put what was measured into the result.
-
-    Parameters
-    ----------
-    families : mapping of Site to str
-    """
+    """Put what was measured into the result."""
     for m in measured:
         weight = base.at(m.site)
         result.sites.append(
             MergedSite(
                 site=str(m.site),
-                family=families[m.site],
+                family=_family(m.site, loaded),
                 shape=weight.shape,
-                dtype=result.dtype or _stored(weight),
+                dtype=_stored(weight, result.dtype),
                 relative_change=_ratio(m.change, m.weight),
                 lost_to_rounding=_ratio(m.lost, m.change),
                 moved=m.moved,
@@ -51,7 +46,8 @@ def account(
         stored = ", ".join(sorted({s.dtype for s in result.sites}))
         result.notes.append(
             f"{100 * result.lost_to_rounding:.1f} % of the change was lost to rounding in {stored} "
-            "(‖stored − exact‖ / ‖ΔW‖). --dtype fp32 keeps all of it, in a larger file."
+            "(‖stored − exact‖ / ‖ΔW‖)."
+            + (" --dtype fp32 keeps all of it, in a larger file." if stored != "float32" else "")
         )
     still = sum(not m.moved for m in measured)
     if still:
@@ -61,9 +57,16 @@ def account(
         )
 
 
-def _stored(weight: Weight) -> str:
-    quantised = weight.quantised
-    return str(weight.dtype).removeprefix("torch.") if quantised is None else quantised.form
+def _family(site: Site, loaded: Sequence[Adapter]) -> str:
+    """The family of the site's update; of several adapters each one's."""
+    own = (a.families.get(site, a.family) for a in loaded if site in a.updates)
+    return " + ".join(dict.fromkeys(own))
+
+
+def _stored(weight: Weight, asked: str) -> str:
+    if weight.quantised is not None:
+        return weight.quantised.form
+    return str(DTYPES[asked] if asked else weight.dtype).removeprefix("torch.")
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -80,7 +83,7 @@ def empty_result(
     """What is known before a weight is read."""
     facts = [adapter_facts(one, own) for one, own in zip(located, loaded, strict=True)]
     sites = [site for own in loaded for site in own.updates]
-    notes = [note for own in loaded for note in own.notes]
+    notes = [note for own in loaded for note in (*own.notes, *other_base(own, base))]
     return MergeResult(
         adapters=[f | {"strength": s} for f, s in zip(facts, strengths, strict=True)],
         base={
@@ -91,23 +94,9 @@ def empty_result(
         },
         sites_refused={k: why for own in loaded for k, why in own.refused.items()},
         dtype=dtype or "",
-        notes=[*notes, *_other_names(loaded, base), *tied(base, dict.fromkeys(sites))],
+        notes=[*notes, *tied(base, dict.fromkeys(sites))],
         versions=versions(),
     )
-
-
-def _other_names(loaded: Sequence[Adapter], base: Base) -> list[str]:
-    """Notes where ΔW depends on the base and the adapter calls its base something else."""
-    notes = []
-    for own in loaded:
-        said = str(own.config.get("base_model_name_or_path") or "").rstrip("/")
-        needing = sorted({f for f in own.families.values() if get_family(f).needs_base})
-        if needing and said.rpartition("/")[2] not in ("", base.name.rpartition("/")[2]):
-            notes.append(
-                f"ΔW of {', '.join(needing)} was computed from {base.name}; {own.name} says that "
-                f"it was made for {said}."
-            )
-    return notes
 
 
 def provenance(

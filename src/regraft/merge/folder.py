@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from regraft.errors import OutputFailed
+from regraft.errors import InputNotFound, OutputFailed
 from regraft.files import TensorFile
 
 #: Where a merged folder says what it is.
@@ -119,25 +119,42 @@ def _stale_index(
     """Whether it is the index of other shards of a component that changes."""
     if parent not in components or not path.name.endswith(".json") or ".index" not in path.name:
         return False
-    try:
-        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    shards = _json(path).get("weight_map")
+    if not isinstance(shards, dict):
         return False
     front = f"{parent}/" if parent else ""
-    return not {f"{front}{shard}" for shard in shards} <= set(used)
+    return not {f"{front}{shard}" for shard in shards.values()} <= set(used)
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Files by their path in the folder; hidden ones (caches, git) are not the model's."""
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else sorted(d for d in folders if not d.startswith("."))
-        files = [] if real in seen else files
-        seen.add(real)
-        for file in files:
-            if not file.startswith("."):
-                yield (Path(here) / file).relative_to(folder).as_posix()
+    """Files by their path in the folder; hidden ones (caches, git) are not the model's.
+
+    Links are followed, but not into a folder that holds them.
+
+    Raises
+    ------
+    InputNotFound
+        A link leads nowhere.
+    """
+    return _below(folder, "", (os.path.realpath(folder),))
+
+
+def _below(folder: Path, front: str, above: tuple[str, ...]) -> Iterator[str]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        real = os.path.realpath(path)
+        if path.is_dir():
+            if real not in above:
+                yield from _below(path, f"{front}{path.name}/", (*above, real))
+        elif path.is_file():
+            yield f"{front}{path.name}"
+        elif path.is_symlink():
+            raise InputNotFound(
+                f"A link in the folder leads nowhere: {front}{path.name}.",
+                file=folder,
+                fix="Download the file, or remove the link.",
+            )
 
 
 def edit_dtypes(layout: Layout, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
@@ -154,10 +171,7 @@ def edit_dtypes(layout: Layout, sizes: Mapping[str, int], dtype: torch.dtype) ->
         for file, path in list(layout.copied.items()):
             if _parent(file) != parent or not file.endswith(".json"):
                 continue
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
-                continue
+            content = _json(path)
             if file == f"{front}config.json":
                 edited = _with_dtype(content, name)
             elif ".index" in file and isinstance(content.get("metadata"), dict):
@@ -203,6 +217,40 @@ def left_out(layout: Layout) -> list[str]:
         return []
     listed = ", ".join(layout.left_out[:5]) + (" …" if len(layout.left_out) > 5 else "")
     return [f"Not copied, since they hold the unmerged weights: {listed}."]
+
+
+def lost_parts(folder: Path) -> list[str]:
+    """Notes on what the folder names and lacks: parts of a pipeline, and code of a model's own."""
+    index, notes = _json(folder / "model_index.json"), []
+    wanted = [k for k, v in index.items() if isinstance(v, list) and v and v[0]]
+    if lost := [name for name in wanted if not (folder / name).is_dir()]:
+        notes.append(
+            f"The base's folder lacks {', '.join(lost)}, which its model_index.json names; the "
+            "output lacks them too."
+        )
+    named: set[str] = set()
+    for file in ("config.json", "tokenizer_config.json"):
+        classes = _json(folder / file).get("auto_map")
+        for value in classes.values() if isinstance(classes, dict) else ():
+            for name in value if isinstance(value, list) else [value]:
+                # "module.Class"; "repository--module.Class" lies elsewhere
+                if isinstance(name, str) and "--" not in name:
+                    named.add(f"{name.partition('.')[0]}.py")
+    if code := sorted(name for name in named if not (folder / name).is_file()):
+        notes.append(
+            f"The model has code of its own ({', '.join(code)}), which is neither fetched nor run; "
+            "put it beside the output to load it with trust_remote_code."
+        )
+    return notes
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def finish(layout: Layout, folder: Path) -> int:

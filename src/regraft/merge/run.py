@@ -32,6 +32,7 @@ from regraft.merge.folder import (
     finish,
     lay_out,
     left_out,
+    lost_parts,
 )
 from regraft.merge.plan import changes_of, moves_zeros, pickled_base, refuse_base, refuse_insert
 from regraft.merge.stream import Changes, rewrite, size_of
@@ -109,8 +110,8 @@ def merge(
     started = time.perf_counter()
     given = [adapter] if isinstance(adapter, str | Path | Located) else list(adapter)
     strengths = _strengths(strength, len(given))
-    names = [name] if isinstance(name, str) else list(name or [None] * len(given))
-    if len(names) != len(given):
+    names = [name] if isinstance(name, str) else list(name or [])
+    if names and len(names) != len(given):
         raise BadOption(f"{len(given)} adapter(s) and {len(names)} name(s) were given.")
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"No dtype {dtype!r}.", fix=f"Choose one of {', '.join(DTYPES)}.")
@@ -124,8 +125,8 @@ def merge(
     refuse_base(opened)
     _check_names(opened, out, located)
     loaded = [load_adapter(one.path, opened, allow_unknown=allow_unknown) for one in located]
-    for one, own, called in zip(located, loaded, names, strict=True):
-        own.name = called or adapter_name(one, own.name)
+    for i, (one, own) in enumerate(zip(located, loaded, strict=True)):
+        own.name = names[i] if names else adapter_name(one, own.name)
     sites = list(dict.fromkeys(site for own in loaded for site in own.updates))
     zeros = moves_zeros(opened, loaded)
     if zeros and dtype is not None:
@@ -150,8 +151,7 @@ def merge(
         measured = _zeros(job, result, list(zip(loaded, strengths, strict=True)))
     else:
         measured = _file(job, result) if opened.path.is_file() else _folder(job, result)
-    families = {site: own.families.get(site, own.family) for own in loaded for site in own.updates}
-    account(result, measured, opened, families)
+    account(result, measured, opened, loaded)
     result.output = str(output)
     result.seconds = time.perf_counter() - started
     return result
@@ -337,24 +337,8 @@ def _layout(job: _Job, result: MergeResult) -> Layout:
     copied = sum(path.stat().st_size for path in layout.copied.values())
     check_space(job.out.parent, sum(sizes.values()) + copied + (1 << 20))
     result.notes += left_out(layout)
-    result.notes += _lost_parts(base.path)
+    result.notes += lost_parts(base.path)
     return layout
-
-
-def _lost_parts(folder: Path) -> list[str]:
-    """A note on parts that a pipeline's index names and the folder lacks."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        wanted = [k for k, v in index.items() if isinstance(v, list) and v and v[0]]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return []
-    lost = [name for name in wanted if not (folder / name).is_dir()]
-    if not lost:
-        return []
-    return [
-        f"The base's folder lacks {', '.join(lost)}, which its model_index.json names; the output "
-        "lacks them too."
-    ]
 
 
 def _check_moved(measured: Sequence[Measured], job: _Job) -> None:
@@ -363,8 +347,13 @@ def _check_moved(measured: Sequence[Measured], job: _Job) -> None:
         return
     if not any(m.change for m in measured):
         raise NothingCarried("The change is zero at every site, so nothing was written.")
+    narrow = any(_narrow(job.dtype or job.base.at(site).dtype) for site in job.sites)
     raise NothingCarried(
         "Every change is too small for the dtype of its weight: not one stored number would "
         "differ. Nothing was written.",
-        fix="Write it with --dtype fp32.",
+        fix="Write it with --dtype fp32." if narrow else "Give a larger --strength.",
     )
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    return dtype.itemsize < torch.float32.itemsize

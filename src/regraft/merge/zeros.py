@@ -31,7 +31,7 @@ from regraft.errors import (
 from regraft.files import atomic_folder
 from regraft.files.atomic import check_free
 from regraft.merge.added import Measured
-from regraft.merge.folder import PROVENANCE, check_space, finish, lay_out, left_out
+from regraft.merge.folder import PROVENANCE, check_space, finish, lay_out, left_out, lost_parts
 from regraft.merge.stream import rewrite, size_of
 from regraft.merge.zero_points import means_of, moved_zeros
 
@@ -235,7 +235,7 @@ def _write(
     new = sum(t.nbytes for tensors in changed.values() for t in tensors.values())
     copied = sum(path.stat().st_size for path in layout.copied.values())
     check_space(output.parent, sum(sizes) + new + copied + (1 << 20))
-    result.notes += left_out(layout)
+    result.notes += [*left_out(layout), *lost_parts(base.path)]
     layout.edited |= beside
     names = {*layout.names, PROVENANCE}
     with atomic_folder(output, overwrite=overwrite, replaceable=names) as folder:

@@ -90,7 +90,8 @@ def measure(
     drawing : Drawing, optional
         Also draw pictures by every way, and score them.
     seed : int
-        Of the noise, of the random control, and the first of the drawn pictures.
+        Of the noise, of the random control, of activation-map's own samples, and the first of the
+        drawn pictures.
     device : str
         Where the bases run: "auto" (a GPU if there is one), "cpu", "cuda", …
     report : str or Path, optional
@@ -134,6 +135,7 @@ def measure(
             options=options,
             library=library or SubspaceLibrary(device=device),
             progress=progress,
+            seed=seed,
         )
     if not has_strengths(ways.loaded):
         strengths = (1.0,)

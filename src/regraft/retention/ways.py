@@ -81,8 +81,11 @@ def by_methods(
     options: MethodOptions,
     library: SubspaceLibrary,
     progress: Progress,
+    seed: int = 0,
 ) -> Ways:
     """Carry an adapter by the methods named, or all; always by copying too, which comes first.
+
+    ``seed`` is that of the samples that activation-map is fitted on.
 
     Raises
     ------
@@ -94,7 +97,7 @@ def by_methods(
     if isinstance(loaded, Adapter):
         ways = _of_weights(loaded, source, target, names, options, library, progress)
     else:
-        ways = _of_inserts(loaded, source, target, names, library, progress)
+        ways = _of_inserts(loaded, source, target, names, library, progress, seed)
     library.cache.commit()
     if not ways.carried:
         raise NothingCarried(
@@ -155,19 +158,21 @@ def _of_inserts(
     names: Sequence[str] | None,
     library: SubspaceLibrary,
     progress: Progress,
+    seed: int,
 ) -> Ways:
     from regraft.inserts.choose import from_weights
-    from regraft.inserts.transfer import InsertCrossing
+    from regraft.inserts.transfer import InsertCrossing, refuse_nothing
 
     known = tuple(m.name for m in methods())
     chosen = [m.name for m in insert_methods()]
     if names is not None:
         chosen = [get_insert_method(name, known).name for name in names]
-    crossing = InsertCrossing(loaded, source, target, library, progress=progress)
+    refuse_nothing(loaded, loaded.name)
+    crossing = InsertCrossing(loaded, source, target, library, seed=seed, progress=progress)
     seen = from_weights(crossing.facts())
     ways = Ways(
         loaded,
-        left_out={**loaded.refused, **{str(s): w for s, w in crossing.paired.unpaired.items()}},
+        left_out=dict(loaded.refused),
         predicted=None
         if seen is None
         else {"verdict": seen.word, "method": seen.method, "why": seen.why},
@@ -178,6 +183,8 @@ def _of_inserts(
         except RegraftError as error:
             ways.refused[name] = error.what
             continue
+        if name == "copy":
+            carried.refused |= crossing.unpaired()
         if carried.parts:
             ways.carried[name] = OnTarget(
                 replace(loaded, parts=carried.parts),

@@ -226,7 +226,11 @@ def read_texts(path: Path, *, limit: int | None = None) -> Texts:
         )
     items = [item for file in found for item in _texts(file)]
     if not items:
-        raise BadData("There is no text in it.", file=path)
+        raise BadData(
+            "There is no text in it.",
+            file=path,
+            fix='Write lines with "text", or with "prompt" and "completion"; or .txt files.',
+        )
     return Texts(tuple(items[:limit]))
 
 

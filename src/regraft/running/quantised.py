@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from regraft.bases.quantised.bits_and_bytes import unpacked, unpacked_int8
 from regraft.bases.quantised.cost import TRAINED_ON
@@ -47,8 +48,19 @@ FORMS = {
 }
 _BLOCK = 64
 USUAL_GROUP = 32
-#: On a layer that holds the numbers of a quantised weight: what that weight was.
-_HELD = "_regraft_held"
+
+
+class _Unpacked(nn.Linear):
+    """A layer that holds the numbers of a quantised weight, and was of the form ``form``.
+
+    As bitsandbytes' layers do, it computes in its own dtype and answers in its input's.
+    """
+
+    form: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return functional.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,8 @@ def storage_of(module: nn.Module) -> Storage:
     groups: set[int] = set()
     held = 0
     for part in module.modules():
-        if (form := getattr(part, _HELD, None)) is not None:
-            forms[form] += 1
+        if isinstance(part, _Unpacked):
+            forms[part.form] += 1
             held += 1
             continue
         if hasattr(part, "base_layer"):  # a tuner's, which shows its base's weight as its own
@@ -127,11 +139,14 @@ def quantise(
     Raises
     ------
     BadOption
-        An unknown form, a base that is quantised already, or one with no layer to quantise.
+        An unknown form, a group below 1, a base that is quantised already or in fp64, or one with
+        no layer to quantise.
     MissingDependency
     """
     if form not in FORMS:
         raise BadOption(f"{form!r} is no form to quantise to.", fix=f"Known: {', '.join(FORMS)}.")
+    if group < 1:
+        raise BadOption(f"Groups of {group} inputs.", fix="32 and 64 are usual.")
     if already := storage_of(module):
         raise BadOption(
             f"The base is quantised already ({already}).", fix="Leave out the quantisation."
@@ -151,6 +166,8 @@ def quantise(
             + (f" in groups of {group}." if integers else "."),
             fix="Give another group size, or train on the base as it is.",
         )
+    if any(part.weight.dtype == torch.float64 for part in layers.values()):
+        raise BadOption("The base is in fp64.", fix="Cast it to fp32 first.")
     if integers:
         _to_integers(module, int(form[3:]), group, layers)
     else:
@@ -246,12 +263,12 @@ def _exact(layer: Any, weight: Any, kind: str) -> tuple[str, Tensor | None]:
     return form, None if used.equal(meant) else meant
 
 
-def _holding(layer: Any, numbers: Tensor, form: str, dtype: torch.dtype) -> nn.Linear:
-    """A plain layer in the place of one with a packed weight."""
-    made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+def _holding(layer: Any, numbers: Tensor, form: str, dtype: torch.dtype) -> _Unpacked:
+    """The layer in the place of one with a packed weight."""
+    made = _Unpacked(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     numbers = numbers.to(getattr(layer, "compute_dtype", None) or dtype)
     made.weight = nn.Parameter(numbers, requires_grad=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    setattr(made, _HELD, form)
+    made.form = form
     return made.train(layer.training)

@@ -69,6 +69,12 @@ class Denoising(Objective):
                 model.condition(list(pictures.captions[i : i + model.batch]))
                 for i in range(0, self.count, model.batch)
             ]
+        # What no text encoder reads is not learned, and nothing else would say so.
+        read: Any = getattr(model, "pipeline").tokenizer  # noqa: B009
+        limit = read.model_max_length
+        lengths = [len(read(t, verbose=False)["input_ids"]) for t in set(pictures.captions)]
+        if cut := sum(length > limit for length in lengths):
+            self.notes.append(f"captions cut off at {limit} tokens by the text encoder: {cut}")
         self.told = {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
 
     def begin(self, rows: Sequence[int], *, optional: bool = False) -> None:

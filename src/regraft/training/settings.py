@@ -200,12 +200,7 @@ class Settings:
             An unknown name, a value of the wrong type or out of range, or two that exclude each
             other.
         """
-        given = {name: value for name, value in given.items() if value is not None}
-        types = {f.name: str(f.type) for f in fields(cls)}
-        for name, value in given.items():
-            if name not in types:
-                raise BadOption(f"Training has no setting {name!r}.", fix=_known(types))
-            given[name] = _typed(name, value, types[name])
+        given = _as_wanted(given)
         for name in ("base", "data"):
             if name not in given:
                 raise BadOption(f"No {name} was named.", fix=f"Give --{name}, or {name} in TOML.")
@@ -242,7 +237,7 @@ class Settings:
         return FAMILIES[self.family].rank if self.rank is None else self.rank
 
     def _check(self) -> None:
-        _one_of("family", self.family, FAMILIES)
+        _one_of("family", self.family, FAMILIES, (*FAMILIES, *ALIASES))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
         if self.quantise is not None:
@@ -260,7 +255,10 @@ class Settings:
             raise BadOption(f"{self.family} has no alpha.", fix="Leave it out.")
         share = self.family == "lora-x" and self.rank is not None and 0 < self.rank < 1
         if self.rank is not None and not share and (self.rank < 1 or self.rank % 1):
-            raise BadOption(f"The rank {self.rank:g} is not a number of directions.", fix="Give 8.")
+            raise BadOption(
+                f"The rank {self.rank:g} is not a number of directions.",
+                fix="Give a whole number above 0, such as 8.",
+            )
         if self.rank is not None and self.rank > _WIDEST:
             raise BadOption(f"The rank {self.rank:g} is beyond any layer.", fix="Give a lower one.")
         if self.targets is not None and family.language_only:
@@ -302,9 +300,20 @@ def _known(names: Mapping[str, Any]) -> str:
     return f"Known: {', '.join(names)}."
 
 
-def _one_of(name: str, value: str, known: Any) -> None:
+def _one_of(name: str, value: str, known: Any, shown: Any = None) -> None:
     if value not in known:
-        raise BadOption(f"{value!r} is no {name}.", fix=f"Known: {', '.join(known)}.")
+        raise BadOption(f"{value!r} is no {name}.", fix=f"Known: {', '.join(shown or known)}.")
+
+
+def _as_wanted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, each of its type."""
+    types = {f.name: str(f.type) for f in fields(Settings)}
+    for name in given:
+        if name not in types:
+            raise BadOption(f"Training has no setting {name!r}.", fix=_known(types))
+    return {
+        name: _typed(name, value, types[name]) for name, value in given.items() if value is not None
+    }
 
 
 def _typed(name: str, value: Any, type_: str) -> Any:
@@ -327,7 +336,15 @@ def _typed(name: str, value: Any, type_: str) -> Any:
         case _ if wanted.startswith("dict") and isinstance(value, Mapping):
             return dict(value)
     word = {"dict[str, Any]": "table", "list[str]": "list of texts"}.get(wanted, wanted)
-    raise BadOption(f"{name} is {value!r}, not of type {word}.", fix="Correct the value.")
+    fix = {
+        "int": "Give a whole number.",
+        "float": "Give a number.",
+        "bool": "Give true or false.",
+        "str": "Give a text, in quotes.",
+        "list of texts": 'Give texts in brackets, such as ["a dog", "a fox"].',
+        "table": "Give its values under [options].",
+    }.get(word, "Correct the value.")
+    raise BadOption(f"{name} is {value!r}, not of type {word}.", fix=fix)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -336,13 +353,22 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     InputNotFound, MalformedFile
+    BadOption
+        An unknown name, or a value of the wrong type; the file is named.
     """
     path = Path(path).expanduser()
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputNotFound("No such training config.", file=path) from error
+        raise InputNotFound(
+            "No such training config.", file=path, fix="Give a .toml file, or options alone."
+        ) from error
     except OSError as error:
         raise MalformedFile(f"It cannot be read: {error.strerror}.", file=path) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedFile(f"Not valid TOML ({error}).", file=path) from error
+    try:
+        _as_wanted({name: value for name, value in told.items() if name != "output"})
+    except BadOption as error:
+        raise BadOption(error.what, file=path, fix=error.fix) from error
+    return told

@@ -29,14 +29,17 @@ Kind = Literal["linear", "transposed", "conv", "embedding", "vector"]
 def kind_of(module: nn.Module) -> Kind | None:
     """How a module uses its weight, or None if a change of it cannot be hosted.
 
-    Packed weights are, of bitsandbytes and torchao. Not hosted: those of other quantisers, and the
-    output projection of torch's own attention, whose weight is used without the module being run.
+    Packed weights of linear layers are, of bitsandbytes and torchao. Not hosted: those of other
+    quantisers, and the output projection of torch's own attention, whose weight is used without the
+    module being run.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    if not weight.is_floating_point() and not is_packed(module):
-        return None
+    if is_packed(module):
+        return "linear" if isinstance(module, nn.Linear) else None
+    if not weight.is_floating_point() or type(weight).__module__.partition(".")[0] != "torch":
+        return None  # quanto's weights pass for floats
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     if isinstance(module, nn.Linear):
@@ -233,7 +236,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.data = self.base_weight()
+        weight = self.get_base_layer().weight
+        weight.data = self.base_weight().to(weight.dtype)  # the model may have been cast since
         self._merged, self._unmerged = {}, None
         self.merged_adapters.clear()
 

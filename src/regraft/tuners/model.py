@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from copy import deepcopy
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -23,6 +25,29 @@ class DeltaModel(BaseTuner):  # type: ignore[misc]
     )
     #: Which kinds of modules this tuner changes.
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "transposed", "conv")
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kw: Any) -> None:
+        """As PEFT's, with a config of its own: what is noted there is of this model alone."""
+        self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kw)
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's.
+
+        Raises
+        ------
+        BadOption
+            Layers share a weight: each would run with the change of both, and unmerging would put
+            back the wrong one.
+        """
+        super()._check_merge_allowed()
+        layers = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
+        shared = Counter(id(layer.get_base_layer().weight) for layer in layers)
+        if any(count > 1 for count in shared.values()):
+            raise BadOption(
+                "Layers with this adapter share one weight, so their changes cannot be merged.",
+                fix="Untie them before training, or keep the adapter beside the base.",
+            )
 
     def _create_and_replace(
         self,

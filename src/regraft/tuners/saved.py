@@ -13,6 +13,7 @@ from typing import Any
 from peft import inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import set_peft_model_state_dict
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from regraft.errors import (

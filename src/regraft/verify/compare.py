@@ -220,7 +220,7 @@ def _by_steps(x: Tensor, y: Tensor) -> tuple[float, bool]:
 
 def _apart(x: Tensor, y: Tensor) -> tuple[float, float, int, int]:
     """Largest |y|, largest |x - y|, how many differ, and how many by more than one step."""
-    pairs = list(zip(x.split(_BLOCK), y.split(_BLOCK), strict=True))
+    pairs = [(x[i : i + _BLOCK], y[i : i + _BLOCK]) for i in range(0, len(x), _BLOCK)]
     size = max(float(b.double().abs().max()) for _, b in pairs)
     step = torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 0.0
     apart, differ, beyond = 0.0, 0, 0

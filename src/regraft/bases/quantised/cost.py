@@ -95,7 +95,9 @@ def _unlike(form: str, source: Base) -> str:
     first = form.split(",")[0]
     found = MEASURED.get(like(first))
     off = f", which are off by {found.error:g} % (measured for {like(first)})" if found else ""
-    given = f"is quantised to {', '.join(source.quantised)}" if source.quantised else "is not"
+    given = (
+        f"is quantised to {', '.join(source.quantised)}" if source.quantised else "is not quantised"
+    )
     return (
         f"The adapter was trained on a base quantised to {form}: the faithful source is its "
         f"dequantised weights{off}. The source base given {given}. Where a family or a method "
@@ -114,7 +116,7 @@ def notes(source: Base, target: Base, trained_on: str | None = None) -> list[str
         The form that the adapter's file says its base was quantised to (:data:`TRAINED_ON`).
     """
     said = []
-    if trained_on and trained_on not in source.quantised:
+    if trained_on and not set(trained_on.split(", ")) <= set(source.quantised):
         said.append(_unlike(trained_on, source))
     if source.quantised:
         forms = ", ".join(source.quantised)

@@ -63,9 +63,11 @@ def pack(values: Tensor, bits: int) -> Tensor:
     Tensor
         int32, (…, ⌈count · bits / 32⌉).
     """
-    flags = (values.long()[..., None] >> torch.arange(bits)) & 1
-    row = flags.flatten(-2)
-    row = torch.nn.functional.pad(row, (0, -row.shape[-1] % 32))
-    words = (row.reshape(*row.shape[:-1], -1, 32) << torch.arange(32)).sum(dim=-1)
+    codes = values.to(torch.uint8)
+    flags = torch.stack([(codes >> bit) & 1 for bit in range(bits)], dim=-1).flatten(-2)
+    flags = torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 32))
+    words = flags.new_zeros((*flags.shape[:-1], flags.shape[-1] // 32), dtype=torch.int64)
+    for bit in range(32):  # one byte for each bit at a time, not eight
+        words |= flags[..., bit::32].long() << bit
     found: Tensor = words.to(torch.uint32).view(torch.int32)
     return found

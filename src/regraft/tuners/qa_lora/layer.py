@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from regraft.errors import BadOption, NonFiniteTensor
-from regraft.tuners.layer import DeltaLayer, exact
+from regraft.tuners.layer import DeltaLayer, exact, wide
 from regraft.tuners.packed import group_of, is_packed, with_moved_zeros
 from regraft.tuners.qa_lora.config import QALoraConfig, constant
 
@@ -85,28 +85,28 @@ class QALoraLayer(DeltaLayer):
             if adapter_name in held and not any(p.is_meta for p in held[adapter_name].parameters()):
                 held[adapter_name].to(where, torch.float32)
 
+    def _down(self, name: str) -> Tensor:
+        down: Any = self.lora_A[name]
+        return wide(down.weight)
+
     def _up(self, name: str, scale: float) -> Tensor:
         up: Any = self.lora_B[name]
-        weight: Tensor = up.weight
-        return weight * (scale * self.constants[name])
+        return wide(up.weight) * (scale * self.constants[name])
 
     def factors(self, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         left, right = [], []
         for name, scale in scales.items():
-            down: Any = self.lora_A[name]
             left.append(self._up(name, scale))
-            right.append(down.weight.repeat_interleave(self.groups[name], dim=1))
+            right.append(self._down(name).repeat_interleave(self.groups[name], dim=1))
         return torch.cat(left, dim=1), torch.cat(right, dim=0)
 
     def _added(self, x: Tensor, scales: Mapping[str, float]) -> Tensor:
         parts = []
         for name, scale in scales.items():
-            down: Any = self.lora_A[name]
-            x = x.to(down.weight.dtype)
+            down = self._down(name)
+            x = x.to(down.dtype)
             sums = x.reshape(*x.shape[:-1], -1, self.groups[name]).sum(dim=-1)
-            parts.append(
-                functional.linear(functional.linear(sums, down.weight), self._up(name, scale))
-            )
+            parts.append(functional.linear(functional.linear(sums, down), self._up(name, scale)))
         return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
 
     def _change_by_groups(self, scales: Mapping[str, float]) -> Tensor:
@@ -114,8 +114,7 @@ class QALoraLayer(DeltaLayer):
         own = group_of(self.get_base_layer()) or 1
         parts = []
         for name, scale in scales.items():
-            down: Any = self.lora_A[name]
-            change = self._up(name, scale) @ down.weight
+            change = self._up(name, scale) @ self._down(name)
             parts.append(change.repeat_interleave(self.groups[name] // own, dim=1))
         return torch.stack(parts).sum(dim=0)
 
@@ -157,6 +156,7 @@ class QALoraLayer(DeltaLayer):
         if self._unmerged is None or not is_packed(base):
             super().unmerge()
             return
-        base.weight = self._unmerged
+        held: Any = self._unmerged
+        base.weight = nn.Parameter(held.to(base.weight.device), requires_grad=False)
         self._merged, self._unmerged = {}, None
         self.merged_adapters.clear()

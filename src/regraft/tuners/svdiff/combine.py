@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def combine_shifts(
     ShapeMismatch, WrongBase
         They were made on different bases. Files without hashes are told apart by sizes only.
     BadOption
-        Unlike forms, no source, or not one weight for each.
+        Unlike forms, no source, or not one finite weight for each.
     OutputExists, OutputFailed
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
@@ -67,6 +68,8 @@ def combine_shifts(
         raise BadOption(
             f"{len(weights)} weights for {len(sources)} sources.", fix="Give one for each."
         )
+    if not all(isfinite(w) for w in weights):
+        raise BadOption("A weight is not finite.", fix="1 takes the shifts as they are.")
     first, *others = (_read(Path(source)) for source in sources)
     for other in others:
         _check_same_base(first, other)

@@ -33,6 +33,7 @@ class SVDiffModel(DeltaModel):
         """As PEFT's; no target modules means all that can be changed."""
         config = self.peft_config[adapter_name]
         if config.target_modules is None:
+            config = self.peft_config[adapter_name] = deepcopy(config)
             config.target_modules = exactly(self._all(model, config.modules_to_save or []))
         super().inject_adapter(model, adapter_name, *args, **kw)
 
