@@ -169,7 +169,7 @@ def test_methods(cli):
     code, out, _ = cli("methods", "--json")
     listed = json.loads(out)
     assert code == 0
-    assert {m["name"] for m in listed} == {"copy", "lora-x", "prolora"}
+    assert {m["name"] for m in listed} == {"activation-map", "copy", "lora-x", "prolora"}
     assert all({"needs", "paper", "cost"} <= set(m) for m in listed)
     assert "lora-x" in cli("methods")[1]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -37,3 +39,18 @@ def test_json_is_escaped_and_comes_back(text, capsys):
     out = capsys.readouterr().out
     assert out.replace("\n", "").isprintable()
     assert json.loads(out) == {"k": text}
+
+
+def test_notes_to_programmers_do_not_reach_the_screen():
+    """In a process of its own, since pytest makes errors of warnings."""
+    code = (
+        "import warnings\n"
+        "from regraft.cli import main as cli\n"
+        "cli.app = lambda: warnings.warn('x will be removed', FutureWarning)\n"
+        "cli.main()\n"
+    )
+    for flags, shown in (([], False), (["-W", "default"], True)):
+        run = subprocess.run(
+            [sys.executable, *flags, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert ("x will be removed" in run.stderr) is shown

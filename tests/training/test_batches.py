@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -92,3 +94,13 @@ def test_two_subjects_and_their_classes_on_sdxl(tmp_path):
     assert row["unmix"] > 0
     assert row["prior"] > 0
     assert not result.notes
+
+
+def test_captions_that_the_text_encoder_does_not_read_whole_are_said(tiny, tmp_path):
+    data = tmp_path / "pictures"
+    shutil.copytree(tiny["data"], data)
+    told = {"base": tiny["base"], "data": str(data)}
+    model = open_model(tiny["base"])
+    assert objective_for(model, settings(told)).notes == []
+    (data / "a.txt").write_text("a b c d e f g h " * 20)
+    assert "captions cut off at 8 tokens" in objective_for(model, settings(told)).notes[0]

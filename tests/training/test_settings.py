@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from regraft.errors import BadData, BadOption
 from regraft.training import Settings, train
-from regraft.training.settings import PRESETS
+from regraft.training.settings import PRESETS, read_config
 from tests.training.runs import DIFFUSION, LANGUAGE, short
 
 
@@ -114,3 +114,18 @@ def test_the_paper_preset_is_the_papers_recipe_and_what_is_given_wins():
     other = Settings.of({**where, "lr": 1e-4, "schedule": "cosine"})
     assert (other.rate, other.schedule, other.steps) == (1e-4, "cosine", 5000)
     assert set(PRESETS) == {"paper"}
+
+
+def test_what_a_config_has_wrong_is_said_with_its_file(tmp_path):
+    """An option on the command line may be right while the file is not."""
+    for text, words in (('steps = "many"', "not of type int"), ("stpes = 3", "'stpes'")):
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(BadOption, match=words) as caught:
+            read_config(tmp_path / "run.toml")
+        assert caught.value.file == str(tmp_path / "run.toml")
+
+
+def test_families_that_are_known_include_short_names():
+    with pytest.raises(BadOption) as caught:
+        Settings.of({"base": "nowhere", "data": "nowhere", "family": "lorra"})
+    assert "qlora" in caught.value.fix

@@ -19,7 +19,11 @@ from tests.tuners.cases import CASES, LAYERS, ODD, Case, One, fill, given, llama
 
 #: On whole models: the forms that differ in more than their numbers.
 FORMS = [name for name in CASES if name not in ("lora-x energy", "foura dct", "foura frozen")]
-every = pytest.mark.parametrize("name", FORMS)
+#: Of those, the ones that differ from another of their tuner in numbers and in what is stored.
+ALIKE = ("lora-x full", "lora-x unstored", "foura", "foura soft", "pfeiffer", "parallel")
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in FORMS]
+)
 PAIRS = [(name, kind) for name, case in CASES.items() for kind in LAYERS if kind in case.takes]
 OTHERS = [
     (name, kind)
@@ -322,6 +326,10 @@ def language(case: Case) -> tuple[nn.Module, dict[str, object]]:
     return on_llama(case), {"input_ids": tokens(), "labels": tokens()}
 
 
+SLOW = pytest.param(diffusion, id="diffusion", marks=pytest.mark.slow)
+kinds = pytest.mark.parametrize("kind", [SLOW, pytest.param(language, id="language")])
+
+
 def loss_of(model: nn.Module, batch: dict[str, object]) -> Tensor:
     out = model(**batch)
     return out.loss if "labels" in batch else (out.sample.float() - 1).square().mean()
@@ -340,8 +348,8 @@ def accelerator(precision: str) -> Iterator[object]:
 
 
 @every
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("kind", [diffusion, language], ids=["diffusion", "language"])
+@kinds
+@pytest.mark.parametrize("precision", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 def test_the_loss_falls_under_accelerate(name: str, precision: str, kind) -> None:
     """With bf16 the base is bf16 too, as training scripts have it; what is trained is fp32."""
     case = CASES[name]
@@ -373,7 +381,7 @@ def test_the_loss_falls_under_accelerate(name: str, precision: str, kind) -> Non
 
 
 @every
-@pytest.mark.parametrize("kind", [diffusion, language], ids=["diffusion", "language"])
+@kinds
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, kind) -> None:
     found = []
     for cheap in (False, True):

@@ -301,6 +301,7 @@ def test_several_adapters_are_switched_weighted_and_summed() -> None:
     assert not any(".second" in name for name in layer.state_dict())
 
 
+@pytest.mark.slow  # test_contract.py runs it in fewer steps
 @pytest.mark.parametrize("gate", ["hard", "frozen"])
 def test_it_trains_a_language_model_in_bf16_with_gradient_checkpointing(gate: str) -> None:
     """As accelerate runs it: an fp32 adapter on a bf16 base, under autocast."""

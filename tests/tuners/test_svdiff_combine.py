@@ -99,6 +99,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         assert not output.exists()
     with pytest.raises(BadOption, match="1 weights for 2"):
         combine_shifts([one, one], output, [1.0])
+    with pytest.raises(BadOption, match="not finite"):
+        interpolate_shifts(one, one, float("nan"), output)
+    assert not output.exists()
 
 
 def test_vectors_are_read_trained_and_carried_or_refused(tmp_path):

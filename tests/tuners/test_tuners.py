@@ -154,6 +154,51 @@ def test_a_merged_weight_is_not_taken_for_the_base(make, tmp_path):
     assert torch.equal(model(ids()), out)
 
 
+@every
+def test_a_base_cast_while_merged_stays_cast(make):
+    model = peft.get_peft_model(Net(), make(target_modules=["linear"]))
+    fill(model)
+    model.merge_adapter()
+    model.bfloat16()
+    model.unmerge_adapter()
+    weight = model.base_model.model.linear.get_base_layer().weight
+    assert torch.equal(weight, Net().linear.weight.bfloat16())
+
+
+def test_a_config_may_be_used_for_several_models(tmp_path):
+    """Each notes its own base's weights and, where none are given, its own modules."""
+    config = SVDiffConfig()
+    one = peft.get_peft_model(Net(), config)
+    other = nn.Sequential(nn.Linear(4, 4))
+    two = peft.get_peft_model(other, config)
+    assert config.target_modules is None
+    assert config.base_hashes == {}
+    assert set(two.peft_config["default"].base_hashes) == {"0"}
+    one.save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(Net(), tmp_path)
+
+
+def test_layers_that_share_a_weight_are_not_merged():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[1].weight = base[0].weight
+    before = base[0].weight.clone()
+    model = peft.get_peft_model(base, LoraXConfig(r=2, target_modules=["0", "1"]))
+    fill(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(BadOption, match="share one weight"):
+            merge()
+    assert torch.equal(base[0].get_base_layer().weight, before)
+
+
+def test_weights_of_other_quantisers_are_not_taken_for_plain_ones():
+    quanto = pytest.importorskip("optimum.quanto")
+    base = nn.Sequential(nn.Linear(8, 8))
+    quanto.quantize(base, weights=quanto.qint8)
+    quanto.freeze(base)
+    with pytest.raises(BadOption, match="does not change"):
+        peft.get_peft_model(base, LoraXConfig(r=2, target_modules=["0"]))
+
+
 def test_registering_twice_changes_nothing_and_peft_is_as_it_was():
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 

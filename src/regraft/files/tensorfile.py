@@ -28,6 +28,17 @@ MAX_HEADER = 100_000_000
 MAX_TENSORS = 1_000_000
 MAX_NAME = 1_024
 MAX_DIMENSIONS = 16
+_WANTED = "Give a .safetensors file, or a PEFT folder."
+_DOWNLOAD = "Its download failed, perhaps for want of a login: download it again."
+#: What is often taken for one, by its first bytes.
+_OTHERS = {
+    b"\x89PNG": ("a PNG picture", _WANTED),
+    b"\xff\xd8\xff": ("a JPEG picture", _WANTED),
+    b"<!DOCTYP": ("a web page", _DOWNLOAD),
+    b"<!doctyp": ("a web page", _DOWNLOAD),
+    b"<html": ("a web page", _DOWNLOAD),
+    b"version ": ("a Git LFS pointer", "Fetch it with `git lfs pull`."),
+}
 MAX_NUMEL = 1 << 60
 
 DTYPES: dict[str, torch.dtype] = {
@@ -150,6 +161,11 @@ class TensorFile(Mapping[str, TensorInfo]):
             if len(head) < 8:
                 raise self._bad("it is shorter than 8 bytes")
             length = int.from_bytes(head, "little")
+            for start, (what, fix) in _OTHERS.items():
+                if head.startswith(start) and after != b"{":
+                    raise MalformedFile(
+                        f"Not a valid safetensors file: it is {what}.", file=self.path, fix=fix
+                    )
             if length > MAX_HEADER:
                 raise self._bad(f"its header claims {length} bytes (limit {MAX_HEADER})")
             if length > size - 8:

@@ -47,9 +47,16 @@ def open_language(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise not_whole(error, folder) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CannotRun(
+            "The folder holds no tokenizer that can be loaded, and a language model reads with it.",
+            file=folder,
+            fix="Put the tokenizer's files beside config.json (tokenizer.json or the like).",
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CannotRun(

@@ -366,7 +366,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise MalformedFile(f"It cannot be read: {error.strerror}.", file=path) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedFile(f"Not valid TOML ({error}).", file=path) from error
+        raise MalformedFile(
+            f"Not valid TOML ({error}).", file=path, fix="docs/train.md shows a config."
+        ) from error
     try:
         _as_wanted({name: value for name, value in told.items() if name != "output"})
     except BadOption as error:

@@ -173,7 +173,7 @@ def _read_story(run: _Replay) -> None:
         if run.result.status == "failed":
             raise _Stop
     if text is None:
-        raise run.stop("provenance", "the file holds none; Regraft did not write it")
+        raise run.stop("provenance", "the file holds none: no transfer, convert or merge wrote it")
     if not isinstance(story, dict):
         raise run.stop("provenance", "it is not a JSON object")
     if story.get("format") != FORMAT:

@@ -55,13 +55,13 @@ class QALoraLayer(DeltaLayer):
         if n % length:
             raise BadOption(
                 f"Groups of {length} do not divide a layer's {n} inputs.",
-                fix="Give a qalora_group_size that divides them, or leave the layer out.",
+                fix="Give a group size (--group) that divides them, or leave the layer out.",
             )
         if own and length % own:
             raise BadOption(
                 f"Groups of {length} inputs are not whole groups of the quantised weight, "
                 f"which have {own}.",
-                fix=f"Give a qalora_group_size that is a multiple of {own}.",
+                fix=f"Give a group size (--group) that is a multiple of {own}.",
             )
         down, up = nn.Linear(n // length, config.r, bias=False), nn.Linear(config.r, m, bias=False)
         with torch.no_grad():
