@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lab import diffusion_plan, emoji, encoder, language_plan
+from lab import diffusion_plan, emoji, encoder, families_plan, language_plan
 from lab.steps import ASSETS, RUNS, Shop, Step, run_steps
 
-PLANS = {"diffusion": diffusion_plan.plan, "language": language_plan.plan}
+PLANS: dict[str, Callable[[], list[Step]]] = {
+    "diffusion": lambda: [*diffusion_plan.plan(), *families_plan.plan("diffusion")],
+    "language": lambda: [*language_plan.plan(), *families_plan.plan("language")],
+}
 COMMANDS = {
     "all": "python -m lab.build",
     "diffusion": "python -m lab.diffusion_plan",
     "language": "python -m lab.language_plan",
+    "families": "python -m lab.families_plan KIND",
     "encoder": "python -m lab.encoder",
 }
 
@@ -37,7 +41,8 @@ def write_manifest(assets: Path, runs: Path) -> dict[str, Any]:
             look: {"package": f"@iconify-json/{look}", "version": version, "sha256": digest}
             for look, (version, digest) in emoji.PACKAGES.items()
         },
-        "texts": hashes(Path(__file__).parent / "data", "*.xz"),
+        "texts": hashes(Path(__file__).parent / "data", "*.txt.xz"),
+        "training_pictures": hashes(Path(__file__).parent / "data", "*.safetensors.xz"),
         "torch": torch.__version__,
         "files": {n: f for n, f in hashes(assets, "*").items() if n not in apart},
         "steps": steps,

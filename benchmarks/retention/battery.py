@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +31,13 @@ from regraft.transfer import transfer
 VERSION = 1
 
 
+def means_of(found: Iterable[Scores], metrics: Iterable[str]) -> Scores:
+    """The mean of each metric over the seeds that have it."""
+    scores = list(found)
+    there = [metric for metric in metrics if any(metric in s for s in scores)]
+    return {m: fmean(s[m] for s in scores if m in s) for m in there}
+
+
 @dataclass(frozen=True)
 class Unit:
     """One adapter over one upgrade."""
@@ -39,10 +46,13 @@ class Unit:
     task: str
     rank: int
     seed: int
+    family: str = "lora"
+    recipe: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.upgrade}-{self.task}-r{self.rank}-s{self.seed}"
+        which = self.family if self.recipe else f"r{self.rank}"
+        return f"{self.upgrade}-{self.task}-{which}-s{self.seed}"
 
     @property
     def full(self) -> bool:
@@ -208,40 +218,8 @@ class Battery:
         # an untouched target breaks nothing of itself
         bare = target | self.flips(model, unit)
         references = self.references(unit)
-        means = {
-            metric: fmean(s[metric] for s in references.values() if metric in s)
-            for metric in bare
-            if any(metric in s for s in references.values())
-        }
-
-        def rows(
-            name: str,
-            scores: Scores | None,
-            seed: int = unit.seed,
-            strength: float = 1.0,
-            **facts: Any,
-        ) -> Iterator[Row]:
-            for metric in bare if scores is None else scores:
-                value = None if scores is None else scores[metric]
-                found = self._r(metric, bare[metric], value, means.get(metric))
-                yield Row(
-                    kind=self.family.kind,
-                    upgrade=unit.upgrade,
-                    family="lora",
-                    adapter=unit.task,
-                    rank=unit.rank,
-                    seed=seed,
-                    method=name,
-                    metric=metric,
-                    strength=strength,
-                    base=source.get(metric),
-                    target=bare[metric],
-                    transferred=value,
-                    retrained=means.get(metric),
-                    retention=found,
-                    **{"seconds": 0.0, **facts},
-                )
-
+        means = means_of(references.values(), bare)
+        rows = self.writer(unit, source, bare, means)
         for seed, scores in references.items():
             yield from rows(RETRAINED, scores, seed=seed)
         control: Adapter | None = None
@@ -279,6 +257,42 @@ class Battery:
         if control is not None:  # where nothing was carried there is no size to take
             with applied(model, random_like(control, seed=unit.seed)):
                 yield from rows(RANDOM, self.adapted(model, unit))
+
+    def writer(
+        self, unit: Unit, source: Scores, bare: Scores, means: Scores
+    ) -> Callable[..., Iterator[Row]]:
+        """What makes the rows of one unit: one per metric of the scores it is given."""
+
+        def rows(
+            name: str,
+            scores: Scores | None,
+            seed: int = unit.seed,
+            strength: float = 1.0,
+            **facts: Any,
+        ) -> Iterator[Row]:
+            for metric in bare if scores is None else scores:
+                value = None if scores is None else scores[metric]
+                found = self._r(metric, bare[metric], value, means.get(metric))
+                yield Row(
+                    kind=self.family.kind,
+                    upgrade=unit.upgrade,
+                    family=unit.family,
+                    adapter=unit.task,
+                    rank=unit.rank,
+                    seed=seed,
+                    method=name,
+                    metric=metric,
+                    strength=strength,
+                    base=source.get(metric),
+                    target=bare[metric],
+                    transferred=value,
+                    retrained=means.get(metric),
+                    retention=found,
+                    recipe=unit.recipe,
+                    **{"seconds": 0.0, **facts},
+                )
+
+        return rows
 
     def _r(
         self, metric: str, target: float, transferred: float | None, retrained: float | None

@@ -14,9 +14,9 @@ from benchmarks.retention.family import Family
 from lab.encoder import EmojiEncoder, load_encoder
 from regraft.activations import gather
 from regraft.demo.sampler import sample
-from regraft.retention.data import read_pictures
 from regraft.retention.images import diversity, style_similarity
 from regraft.running import Model, Pictures, denoising_losses
+from regraft.running.data import read_pictures
 
 #: drawn for the metrics on generated pictures: recognisable, and held out in every style
 PROMPTS = 12

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.retention.evidence import Evidence
+from benchmarks.retention.families_page import family_lines
+from benchmarks.retention.markdown import table
 from benchmarks.retention.picture import draw
 from benchmarks.retention.prediction import prediction_lines
 from benchmarks.retention.rows import Row
@@ -32,18 +34,23 @@ def write_pages(
     rows: Sequence[Row],
     seen: Sequence[Evidence],
     drift: Path,
+    manifest: Path,
     *,
     quick: bool = False,
 ) -> None:
-    """Write ``retention.md`` and ``images/retention.png`` under ``docs``."""
+    """Write ``retention.md`` and ``images/retention.png`` under ``docs``.
+
+    ``drift`` holds the rows of ``lab.drift``, ``manifest`` is the lab's.
+    """
     lines = [HEAD]
     if quick:
         lines.append("**A quick run: few pictures and texts, one adapter. Not for quoting.**\n")
     lines.append("![R of every method over every upgrade](images/retention.png)\n")
-    for kind in [k for k in KINDS if any(r.kind == k for r in rows)]:
+    for kind in [k for k in KINDS if select(rows, kind=k)]:
         lines += _kind(kind, rows, seen)
     lines += prediction_lines(rows, seen, drift)
     lines += _auto(rows)
+    lines += family_lines(rows, seen, manifest)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "retention.md").write_text("\n".join(lines).rstrip() + "\n")
     draw(rows, docs / "images" / "retention.png")
@@ -51,12 +58,13 @@ def write_pages(
 
 def _kind(kind: str, rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]:
     lines = [f"## {KINDS[kind]}\n", *_counts(kind, rows), *_evidence(kind, seen)]
-    for rank in sorted({r.rank for r in rows if r.kind == kind}):
+    for rank in sorted({r.rank for r in rows if r.kind == kind and not r.recipe}):
         chosen = select(rows, kind=kind, rank=rank)
         lines += [f"### R on {MAIN[kind]}, LoRA rank {rank}\n", *_grid(chosen), *_refusals(chosen)]
     lines += _adapters(kind, rows)
     lines += _strengths(kind, rows)
-    others = sorted({r.metric for r in rows if r.kind == kind} - {MAIN[kind]})
+    own = {r.metric for r in rows if r.kind == kind and not r.recipe}
+    others = sorted(own - {MAIN[kind]})
     for metric in others:
         chosen = select(rows, kind=kind, metric=metric)
         if any(r.retention is not None for r in chosen):
@@ -66,24 +74,11 @@ def _kind(kind: str, rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]
     return [*lines, *_weights_only(kind, rows)]
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rule = "|" + "---|" * len(head)
-    return [
-        "| " + " | ".join(head) + " |",
-        rule,
-        *("| " + " | ".join(line) + " |" for line in body),
-        "",
-    ]
-
-
 def _counts(kind: str, rows: Sequence[Row]) -> list[str]:
-    mine = [r for r in rows if r.kind == kind and r.method not in ("retrained", "random")]
+    here = select(rows, kind=kind)
+    mine = [r for r in here if r.method not in ("retrained", "random")]
     adapters = {(r.adapter, r.rank, r.seed) for r in mine}
-    retrained = {
-        (r.upgrade, r.adapter, r.rank, r.seed)
-        for r in rows
-        if r.kind == kind and r.method == "retrained"
-    }
+    retrained = {(r.upgrade, r.adapter, r.rank, r.seed) for r in here if r.method == "retrained"}
     names = ", ".join(sorted({a for a, _, _ in adapters}))
     return [
         f"{len(adapters)} adapters ({names}; rank 8 and 32) on one source base; "
@@ -95,7 +90,7 @@ def _grid(rows: Sequence[Row]) -> list[str]:
     columns = upgrades(rows)
     found = grid(rows)
     body = [[m, *(cells[u].text() for u in columns)] for m, cells in found.items()]
-    return _table(["method", *columns], body)
+    return table(["method", *columns], body)
 
 
 def _refusals(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +114,7 @@ def _adapters(kind: str, rows: Sequence[Row]) -> list[str]:
         cells = grid([r for r in chosen if r.adapter == adapter]).get("copy", {})
         body.append([adapter, *(cells[u].text() if u in cells else "–" for u in columns)])
     title = "### Plain copying, adapter by adapter (rank 8)\n"
-    return [title, *_table(["adapter", *columns], body)]
+    return [title, *table(["adapter", *columns], body)]
 
 
 def _strengths(kind: str, rows: Sequence[Row]) -> list[str]:
@@ -145,7 +140,7 @@ def _strengths(kind: str, rows: Sequence[Row]) -> list[str]:
         "Mean over the adapters of seed 0. “Right at 1.0”: the best R lies at 1.0 ± 0.25, or is "
         "at most 0.02 above R at 1.0.\n"
     )
-    return ["### Strength (rank 8, seed 0)\n", text, *_table(head, body)]
+    return ["### Strength (rank 8, seed 0)\n", text, *table(head, body)]
 
 
 def _values(rows: Sequence[Row]) -> list[str]:
@@ -162,7 +157,7 @@ def _values(rows: Sequence[Row]) -> list[str]:
             ]
             line.append(f"{sum(got) / len(got):.3f}" if got else "–")
         body.append(line)
-    return _table(["method", *columns], body)
+    return table(["method", *columns], body)
 
 
 def _weights_only(kind: str, rows: Sequence[Row]) -> list[str]:
@@ -182,7 +177,7 @@ def _weights_only(kind: str, rows: Sequence[Row]) -> list[str]:
                 found.append(f"{sum(got) / len(got):.2f}" if got else "–")
             if set(found) != {"–"}:
                 body.append([method, *found])
-        lines += [f"### {title} (rank 8)\n", *_table(["method", *columns], body)]
+        lines += [f"### {title} (rank 8)\n", *table(["method", *columns], body)]
     return lines
 
 
@@ -201,7 +196,7 @@ def _evidence(kind: str, seen: Sequence[Evidence]) -> list[str]:
     mine = [e for e in seen if e.kind == kind]
     body = [[e.upgrade, *(_fact(e, name) for name in names), str(e.facts["lineage"])] for e in mine]
     title = "### The bases, before any adapter is touched\n"
-    return [title, *_table(["upgrade", *names.values(), "lineage"], body)]
+    return [title, *table(["upgrade", *names.values(), "lineage"], body)]
 
 
 def _fact(seen: Evidence, name: str) -> str:
@@ -227,4 +222,4 @@ def _auto(rows: Sequence[Row]) -> list[str]:
             case = f"{row.upgrade}, {row.adapter}, rank {row.rank}, seed {row.seed}"
             body.append([KINDS[kind], str(len(found)), str(worse), f"{most:+.3f} ({case})"])
     head = ["family", "rows", "auto keeps less than copy", "largest loss against copy"]
-    return [*lines, *_table(head, body)]
+    return [*lines, *table(head, body)]

@@ -19,7 +19,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.colors import TwoSlopeNorm
 
-    kinds = [kind for kind in TITLES if any(r.kind == kind for r in rows)]
+    kinds = [kind for kind in TITLES if select(rows, kind=kind, rank=8)]
+    if not kinds:
+        return
     figure, panels = pyplot.subplots(
         1, len(kinds), figsize=(6.2 * len(kinds), 4.4), squeeze=False, layout="constrained"
     )

@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.retention.evidence import Evidence
+from benchmarks.retention.markdown import table
 from benchmarks.retention.rows import Row
 from benchmarks.retention.summary import MAIN
 from regraft.methods.predict import CURVE
@@ -67,8 +69,8 @@ def drift_table(path: Path) -> list[str]:
 
 
 def observed(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[Observation]:
-    """Rows of the main metrics joined with the evidence of their bases."""
-    main = [asdict(r) for r in rows if r.metric == MAIN[r.kind]]
+    """LoRA's rows of the main metrics, joined with the evidence of their bases."""
+    main = [asdict(r) for r in rows if r.metric == MAIN[r.kind] and not r.recipe]
     return observations(main, [asdict(e) for e in seen])
 
 
@@ -113,6 +115,25 @@ def prediction_lines(rows: Sequence[Row], seen: Sequence[Evidence], drift: Path)
         ]
         lines += drift_table(drift)
     return [*lines, ""]
+
+
+def correlation_lines(rows: Sequence[Row], seen: Sequence[Evidence]) -> list[str]:
+    """How the shipped prediction does on families that it was not fitted to."""
+    known = {(e.kind, e.upgrade) for e in seen}
+    main = [r for r in rows if r.metric == MAIN[r.kind] and (r.kind, r.upgrade) in known]
+    body = []
+    for family in dict.fromkeys(r.family for r in main):
+        mine = [asdict(r) for r in main if r.family == family and r.energy_kept is not None]
+        found = observations(mine, [asdict(e) for e in seen])
+        if len(found) < 3:
+            continue
+        guesses, measured = [o.predicted(CURVE) for o in found], [o.retention for o in found]
+        error = fmean(abs(g - m) for g, m in zip(guesses, measured, strict=True))
+        rho = _number(spearman(guesses, measured))
+        body.append([family, str(len(found)), rho, f"{error:.2f}"])
+    head = ["family", "rows", "rank correlation", "mean error"]
+    text = "R̂ with the shipped constants, which were fitted to LoRA's rows alone, per family:\n"
+    return ["### Prediction over families\n", text, *table(head, body)] if body else []
 
 
 def _number(value: float | None) -> str:

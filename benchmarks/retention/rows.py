@@ -9,6 +9,9 @@ from typing import Literal
 
 Kind = Literal["diffusion", "language"]
 
+#: the recipe of ``lab/families_plan.py``
+SHARED = "families"
+
 #: in the order every table and picture shows them
 UPGRADES = ("fine-tune", "continued", "pruned", "bigger", "other-seed", "other-tokenizer")
 
@@ -20,7 +23,8 @@ class Row:
     Attributes
     ----------
     kind, upgrade, family, adapter, rank, seed
-        What was carried: "diffusion", "continued", "lora", "line", 8, 0.
+        What was carried: "diffusion", "continued", "lora", "line", 8, 0. A family without a rank
+        has 0.
     method : str
         A method with its options, "retrained", or "random" (ΔW of the same norm per site).
     metric : str
@@ -38,6 +42,13 @@ class Row:
     energy_kept, intruders : float or None
         Share of ‖ΔW‖² that arrived; mean number of intruder dimensions per site.
     sites_refused : int
+    recipe : str
+        Which recipe of the lab trained it: "" the battery's own for LoRA, :data:`SHARED` the one
+        that all families share.
+    bytes : int or None
+        Size of the carried adapter's weights file.
+    chosen : str
+        What "auto" chose.
     """
 
     kind: str
@@ -59,6 +70,13 @@ class Row:
     energy_kept: float | None = None
     intruders: float | None = None
     sites_refused: int = 0
+    recipe: str = ""
+    bytes: int | None = None
+    chosen: str = ""
+
+
+#: left out of the file where they say nothing
+_LATER = ("recipe", "bytes", "chosen")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -67,11 +85,11 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     ordered = sorted(
         rows,
         key=lambda r: (
-            *(r.kind, place.get(r.upgrade, 99), r.adapter, r.rank, r.seed),
+            *(r.recipe, r.kind, place.get(r.upgrade, 99), r.adapter, r.family, r.rank, r.seed),
             *(r.metric, r.method, r.strength),
         ),
     )
-    lines = [json.dumps({k: _short(v) for k, v in asdict(row).items()}) for row in ordered]
+    lines = [json.dumps({k: _short(v) for k, v in _said(row).items()}) for row in ordered]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -79,6 +97,10 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """What :func:`write_rows` wrote."""
     return [Row(**entry) for entry in json.loads(path.read_text())]
+
+
+def _said(row: Row) -> dict[str, object]:
+    return {k: v for k, v in asdict(row).items() if v not in ("", None) or k not in _LATER}
 
 
 def _short(value: object) -> object:

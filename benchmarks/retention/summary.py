@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from benchmarks.retention.rows import UPGRADES, Row
-from benchmarks.retention.variants import RANDOM, RETRAINED, VARIANTS
+from benchmarks.retention.variants import DELTAS, INSERTS, RANDOM, RETRAINED, VARIANTS
 
 #: The metric a verdict rests on; it is cheap and has the least noise.
 MAIN = {"diffusion": "denoising loss", "language": "held-out loss"}
-METHODS = (*(v.name for v in VARIANTS), RANDOM, RETRAINED)
+METHODS = (
+    *dict.fromkeys(v.name for v in (*VARIANTS, *DELTAS, *INSERTS)),
+    *(RANDOM, RETRAINED),
+)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,11 @@ def select(
     rank: int | None = None,
     strength: float | None = 1.0,
     adapter: str | None = None,
+    recipe: str = "",
+    family: str | None = None,
 ) -> list[Row]:
-    """Rows of one kind that match; the kind's main metric unless another is named."""
+    """Rows of one kind that match; the kind's main metric unless another is named, and LoRA by the
+    battery's own recipe unless another recipe is."""
     wanted = metric or MAIN[kind]
     return [
         row
@@ -87,6 +93,8 @@ def select(
         and (rank is None or row.rank == rank)
         and (strength is None or row.strength == strength)
         and (adapter is None or row.adapter == adapter)
+        and row.recipe == recipe
+        and (family is None or row.family == family)
     ]
 
 
@@ -119,14 +127,16 @@ def curve(rows: Sequence[Row], method: str, upgrade: str) -> dict[float, float]:
 
 def regrets(rows: Sequence[Row]) -> list[tuple[Row, float]]:
     """Rows of "auto" and how much less they keep than plain copying; the largest first."""
-    copies = {
-        (r.kind, r.upgrade, r.adapter, r.rank, r.seed): r.retention
-        for r in rows
-        if r.method == "copy"
-    }
+    copies = {_adapter(r): r.retention for r in rows if r.method == "copy"}
     found = []
     for row in rows:
-        copied = copies.get((row.kind, row.upgrade, row.adapter, row.rank, row.seed))
+        copied = copies.get(_adapter(row))
         if row.method == "auto" and row.retention is not None and copied is not None:
             found.append((row, copied - row.retention))
     return sorted(found, key=lambda pair: -pair[1])
+
+
+def _adapter(row: Row) -> tuple[object, ...]:
+    """The adapter and the upgrade of a row."""
+    where = (row.kind, row.upgrade)
+    return (*where, row.recipe, row.family, row.adapter, row.rank, row.seed)

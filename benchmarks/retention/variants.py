@@ -35,6 +35,26 @@ VARIANTS = (
     Variant("prolora", "prolora"),
     Variant("prolora, cross terms", "prolora", {"cross_terms": True}),
 )
+_BY_NAME = {variant.name: variant for variant in VARIANTS}
+#: For every family with a ΔW. 32 directions are a real cut of these weights, as the paper's 320 are
+#: of SDXL's, and what ``lora-x-32`` is trained in.
+DELTAS = (
+    _BY_NAME["auto"],
+    _BY_NAME["copy"],
+    _BY_NAME["lora-x"],
+    Variant("lora-x, 32 directions", "lora-x", {"dimension": 32}),
+    _BY_NAME["lora-x, rank order"],
+    _BY_NAME["prolora"],
+    _BY_NAME["prolora, cross terms"],
+)
+#: For what has no ΔW.
+INSERTS = (
+    Variant("auto", "auto"),
+    Variant("copy", "copy"),
+    Variant("activation-map", "activation-map"),
+)
+#: LoRA-X's tables: its own form against forms that were not made to be transferred
+COMPARED = ("lora-x-32", "lora-x-32-full", "lora-x", "lora", "dora", "foura")
 RETRAINED = "retrained"
 RANDOM = "random"
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)

@@ -107,7 +107,8 @@ def test_the_page_and_the_picture_show_it(run: tuple[Battery, list[Row]], tmp_pa
     assert seen[0].facts["verdict"] == "copy"
     assert 0 < seen[0].facts["atc"] < seen[0].facts["atc"] / seen[0].facts["atc_relative"]
     assert 0.3 < seen[0].facts["cka"] <= 1.0
-    write_pages(tmp_path, rows, seen, tmp_path / "no-drift.json", quick=True)
+    nothing = tmp_path / "nothing.json"
+    write_pages(tmp_path, rows, seen, nothing, nothing, quick=True)
     page = (tmp_path / "retention.md").read_text()
     copied = by_method(rows)["copy"].retention
     assert f"| copy | {copied:.2f} " in page

@@ -13,6 +13,7 @@ from benchmarks.retention.pages import write_pages
 from benchmarks.retention.prediction import drift_rows, observed
 from benchmarks.retention.rows import UPGRADES, Row, read_rows, write_rows
 from benchmarks.retention.summary import MAIN, curve, regrets, select, upgrades
+from lab.steps import ASSETS
 from regraft.methods.predict import CURVE
 from regraft.retention.fit import judge
 
@@ -83,6 +84,6 @@ def test_the_shipped_curve_is_the_one_fitted_to_the_rows() -> None:
 def test_page_and_rows_agree(tmp_path: Path) -> None:
     write_rows(tmp_path / "retention.json", ROWS)
     assert (tmp_path / "retention.json").read_bytes() == (FOLDER / "retention.json").read_bytes()
-    write_pages(tmp_path, ROWS, SEEN, FOLDER / "retention_drift.json")
+    write_pages(tmp_path, ROWS, SEEN, FOLDER / "retention_drift.json", ASSETS / "manifest.json")
     page = (FOLDER.parent / "docs" / "retention.md").read_text()
     assert (tmp_path / "retention.md").read_text() == page
