@@ -258,8 +258,9 @@ def _sizes(rows: Sequence[Row], manifest: Path) -> list[str]:
         "### Parameters and file sizes\n",
         "Numbers trained, the file as trained, and after copying to `"
         f"{SAME_SHAPES}` (LoRA-X: by `lora-x` in as many directions; inserts: by "
-        "`activation-map`), in kB (1,000 bytes) and as a multiple of LoRA's. fp32. LoRA-X is trained without its "
-        "singular bases in the file, and written with them when it is carried.\n",
+        "`activation-map`), in kB (1,000 bytes) and as a multiple of LoRA's. fp32. LoRA-X is "
+        "trained without its singular bases in the file, and written with them when it is "
+        "carried.\n",
     ]
     for kind in NAMES:
         found = {}

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from regraft.cli.main import main
 from regraft.cli.screen import clean, print_json
 
 EVIL = {
@@ -54,3 +55,15 @@ def test_notes_to_programmers_do_not_reach_the_screen():
             [sys.executable, *flags, "-c", code], capture_output=True, text=True, check=True
         )
         assert ("x will be removed" in run.stderr) is shown
+
+
+def test_ctrl_c_says_what_is_left(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("regraft.cli.methods.print_json", interrupted)
+    monkeypatch.setattr(sys, "argv", ["regraft", "methods", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert "nothing half-written" in capsys.readouterr().err

@@ -74,8 +74,13 @@ BROKEN = {
         "beyond any real",
     ),
     "number of 5000 digits": (raw(b'{"a":' + b"9" * 5000 + b"}"), "not clean JSON"),
-    "HTML": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "limit"),
-    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "limit"),
+    "HTML": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "a web page"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(32), "a PNG picture"),
+    "JPEG": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(32), "a JPEG picture"),
+    "git-lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00",
+        "a Git LFS pointer",
+    ),
 }
 
 

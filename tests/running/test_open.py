@@ -155,6 +155,13 @@ def test_a_folder_that_is_not_whole_says_so(tmp_path):
     refuse(tmp_path / "v1", "could not be loaded")
 
 
+def test_a_language_model_without_its_tokenizer_is_refused(tmp_path):
+    folder = language_folder(tmp_path / "lm")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    refuse(folder, "no tokenizer")
+
+
 def test_a_language_model_without_all_its_weights_is_refused(tmp_path):
     """transformers would draw the missing ones at random and only warn."""
     folder = language_folder(tmp_path / "lm")

@@ -67,6 +67,7 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_is_opened(more
         (LANGUAGE, {"device": "abacus"}, "no device here"),
         (LANGUAGE, {"family": "prefix", "gradient_checkpointing": True}, "PEFT cannot put prefix"),
         (DIFFUSION, {"family": "prompt", "targets": None}, "for language models"),
+        (LANGUAGE, {"family": "prompt", "targets": None, "rank": 5000}, "no room for text"),
     ],
 )
 def test_what_the_base_cannot_do_is_said(where, more, words, tmp_path):

@@ -80,9 +80,10 @@ def main() -> None:
         app()
     except RegraftError as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; nothing half-written was left behind.\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C, which typer makes an exit of
+            sys.stderr.write("Interrupted; nothing half-written was left behind.\n")
+        raise
     except MemoryError:
         sys.stderr.write("Error: not enough memory.\n")
         sys.exit(1)

@@ -45,6 +45,12 @@ def config_for(settings: Settings, module: Any, kind: str) -> Any:
             f"{family} is for language models, and this base is a {kind} model.",
             fix="Choose another family.",
         )
+    reads = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    if FAMILIES[family].language_only and reads and size and size >= reads:
+        raise BadOption(
+            f"{size:g} virtual tokens leave no room for text: the base reads {reads} tokens.",
+            fix="Give a lower rank.",
+        )
     with optional(_PURPOSE):
         import peft
 
