@@ -316,7 +316,7 @@ def default_dialect(loaded: str, output: str | Path | None) -> str:
     if output is None:
         return loaded
     single = str(output).endswith(".safetensors")
-    if loaded == "peft":
+    if loaded == "peft" or (loaded == "lora-x" and not single):  # trained, it is a PEFT folder
         return "diffusers" if single else "peft"
     if not single:
         raise BadOption(

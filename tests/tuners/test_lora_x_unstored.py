@@ -101,6 +101,15 @@ def test_transfer_is_that_of_the_file_with_bases(tmp_path):
     assert any("bases" in note for note in results[0].notes)
 
 
+def test_a_folder_is_carried_to_a_folder(tmp_path):
+    changes = trained(*MODELS["llama"], tmp_path)
+    base = tmp_path / "base"
+    made = regraft.transfer(tmp_path / "adapter", source=base, target=base, output=tmp_path / "out")
+    assert made.dialect == "peft"
+    found = regraft.load_adapter(tmp_path / "out", base)
+    assert {site.module for site in found.updates} == changes.keys()
+
+
 def test_another_base_is_refused_with_the_weight(tmp_path):
     trained(factories.llama, ["q_proj"], tmp_path)
     factories.save(factories.llama(seed=1), tmp_path / "other")
