@@ -56,8 +56,10 @@ class Recipe:
         In U-Nets: changes the same modules as the battery's LoRA, else the family's own choice.
     options : dict
         Of its PEFT config.
-    quantise, group : str or None, int or None
-        What the base is quantised to before it is trained on, and how many inputs share a scale.
+    quantise : str or None
+        What the base is quantised to before it is trained on.
+    group : dict of kind to int
+        How many inputs share a scale: a number that divides every width of that kind's bases.
     """
 
     family: str
@@ -67,7 +69,7 @@ class Recipe:
     convolutions: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     quantise: str | None = None
-    group: int | None = None
+    group: dict[str, int] = field(default_factory=dict)
 
     def rate(self, kind: str) -> float | None:
         """The learning rate on one kind of base."""
@@ -92,8 +94,10 @@ RECIPES: dict[str, Recipe] = {
     "foura": Recipe("foura", 8, 1e-2, 6e-3, convolutions=True),
     "loha": Recipe("loha", 8, 1e-2, 1e-2, convolutions=True),
     "lokr": Recipe("lokr", 8, 4e-2, 2e-2, convolutions=True),
-    "qlora": Recipe("lora", 8, 6e-3, None, quantise="nf4"),
-    "qa-lora": Recipe("qa-lora", 8, 2e-2, None, quantise="int4", group=16),
+    "qlora": Recipe("lora", 8, 6e-3, 6e-3, quantise="nf4"),
+    "qa-lora": Recipe(
+        "qa-lora", 8, 2e-2, 1e-2, quantise="int4", group={"language": 16, "diffusion": 8}
+    ),
     "bottleneck": Recipe("bottleneck", 16, 1.2e-2, 1.5e-2),
     "prompt": Recipe("prompt", 16, 1.0, None),
     "prefix": Recipe("prefix", 16, 0.1, None),
@@ -113,7 +117,7 @@ def settings(kind: str, name: str, base: Path, data: Path, seed: int) -> dict[st
     told = {"family": recipe.family, "rank": recipe.rank, "lr": recipe.rate(kind), "seed": seed}
     told |= {"options": recipe.options, **SHARED[kind], **COMMON}
     if recipe.quantise:
-        told |= {"quantise": recipe.quantise, "group": recipe.group}
+        told |= {"quantise": recipe.quantise, "group": recipe.group.get(kind)}
     if recipe.convolutions and kind == "diffusion":
         told["targets"] = ATTENTION_AND_CONV2
     return {**told, "base": str(base), "data": str(data)}
