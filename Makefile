@@ -11,7 +11,7 @@ help:
 	@echo "make test      lint, types and tests (under 10 minutes)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make bench     speed and memory on an SDXL-shaped pair (needs 20 GB of disk)"
-	@echo "make retention how much of an adapter survives every kind of upgrade (under an hour)"
+	@echo "make retention how much of an adapter survives every kind of upgrade (an hour or two)"
 	@echo "make lab       retrain the lab's bases and adapters (a few hours; resumes)"
 	@echo "make docs      regenerate the CLI reference and the tables of families and formats"
 	@echo "make lab-pair  retrain the embedded pair (about an hour on two cores)"

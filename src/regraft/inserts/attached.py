@@ -212,14 +212,7 @@ def _bottlenecks(model: Model, adapter: InsertAdapter, strength: float) -> Itera
     )
     with _as_before(module):
         try:
-            try:
-                put(module, config, to_tensors(held), _NAME, Path(adapter.name or "adapter"))
-            except RuntimeError as error:  # what torch says of a size
-                raise ShapeMismatch(
-                    f"The bottlenecks do not fit the modules of {model.ref}: "
-                    f"{str(error).splitlines()[-1].strip()}",
-                    fix="Is this the base that the adapter was made for?",
-                ) from error
+            put(module, config, to_tensors(held), _NAME, Path(adapter.name or "adapter"))
             for layer in module.modules():
                 if isinstance(layer, BottleneckLayer):
                     layer.set_scale(_NAME, strength)
